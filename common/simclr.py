@@ -25,9 +25,9 @@ def build(arch, dimensions=128):
     return nn.Sequential(encoder, head)
 
 
-def to_input(grey):
+def to_input(grey, mean=MEAN, std=STD):
     """Grey values in 0..1, float [B, size, size] -> network input, float [B, 3, size, size], channels last."""
-    return ((grey - MEAN) / STD).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    return ((grey - mean) / std).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def augment(slices, size, generator):

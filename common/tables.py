@@ -1,0 +1,147 @@
+"""results.csv, the scores beside it, and the Markdown tables made from them, with the paper's numbers."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from common import auc
+from common.files import fail
+
+COLUMNS = ["task", "name", "encoder", "protocol", "seed", "train", "val", "test", "auc", "f1", "accuracy", "seconds",
+           "slices", "steps", "pretrain_seconds", "settings"]  # fmt: skip
+BASELINE = "all"  # every row is compared to the row of this name, in any case
+
+ABSTRACT = [("COVID-CT", "0.78", "0.83"), ("OrganSMNIST", "0.97", "0.98"), ("brain haemorrhage", "0.73", "0.83")]
+DRAFT = {  # AUC in %, drafts of the authors' charts: COVID after PET-CT, LIDC; brain after PET-CT, LIDC
+    "scratch": (73.71, 73.71, 67.81, 67.81),
+    "ALL": (77.51, 80.73, 72.66, 73.43),
+    "EveryN": (80.16, 81.50, 79.52, 82.71),
+    "Hash-3": (81.94, 81.34, 79.90, 79.05),
+    "Hash-6": (82.99, 82.31, 83.18, 84.06),
+    "Hash-12": (81.18, 81.12, 76.76, 79.81),
+}
+
+
+def read_results(path):
+    """results.csv as a list of dicts of strings; empty where there is no file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            fail(f"{path}: not a results file of evaluate.py: its columns must be {','.join(COLUMNS)}")
+        return list(reader)
+
+
+def scores_file(results, row):
+    """Where the test scores of a line lie: results-scores/TASK-NAME-PROTOCOL-SEED.npz beside results.csv."""
+    results = Path(results)
+    return results.with_name(f"{results.stem}-scores") / "{task}-{name}-{protocol}-{seed}.npz".format(**row)
+
+
+def tables(results):
+    """All tables of a results.csv as one Markdown text."""
+    rows = read_results(results)
+    if not rows:
+        fail(f"{results}: holds no results")
+    parts = [protocol_tables(results, rows, protocol) for protocol in unique(row["protocol"] for row in rows)]
+    return "\n\n".join([*parts, paper_tables()])
+
+
+def protocol_tables(results, rows, protocol):
+    """The tables of one protocol: AUC with cost, difference to ALL, F1 and accuracy, every seed, settings."""
+    rows = [row for row in rows if row["protocol"] == protocol]
+    tasks, names = unique(row["task"] for row in rows), unique(row["name"] for row in rows)
+    cells = {(n, t): [row for row in rows if row["name"] == n and row["task"] == t] for n in names for t in tasks}
+    draws = {key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()}
+    base = next((name for name in names if name.lower() == BASELINE), None)
+    main, paired, others, seeds = [], [], [], []
+    for name in names:
+        own = {task: draws[name, task] for task in tasks}
+        main.append([name, *cost(rows, name, base), *(auc_cell(cells[name, t], own[t]) for t in tasks)])
+        others.append([name, *(f1_cell(cells[name, t]) for t in tasks)])
+        seeds.append([name, *(" ".join(f"{float(row['auc']):.3f}" for row in cells[name, t]) for t in tasks)])
+        if base and name != base:
+            paired.append([name, *(difference_cell(own[t], draws[base, t]) for t in tasks)])
+    test = {task: "/".join(unique(row["test"] for row in rows if row["task"] == task)) for task in tasks}
+    text = [f"## {protocol}: AUC on the test images, mean over seeds ± SD, [95 % interval]",
+            markdown(["row", "slices", "steps", "pre-training", "speed-up", *(f"{t} (n={test[t]})" for t in tasks)], main)]  # fmt: skip
+    if paired:
+        text += [f"### Difference to {base}, paired by image, [95 % interval], p", markdown(["row", *tasks], paired)]
+    text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
+    text += ["### AUC of every seed", markdown(["row", *tasks], seeds)]
+    text += [f"Intervals and p: bootstrap over test images ({auc.DRAWS} stratified draws, AUC averaged over seeds); the "
+             "spread over seeds is the SD, not part of the interval; p is not corrected for the number of comparisons.",
+             "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
+    return "\n\n".join(text)
+
+
+def seed_draws(results, row):
+    path = scores_file(results, row)
+    try:
+        with np.load(path) as scores:
+            return auc.bootstrap(scores["labels"], scores["probabilities"], scores["images"])
+    except (OSError, KeyError, ValueError) as error:
+        fail(f"{path}: scores missing or damaged ({error}): delete the line from {results} and evaluate again")
+
+
+def cost(rows, name, base):
+    """Slices kept, steps, pre-training time (mean over encoders) and speed-up over ALL, from the lines of results.csv."""
+
+    def encoders(of):
+        return {row["encoder"]: row for row in rows if row["name"] == of and row["slices"]}.values()
+
+    def seconds(of):
+        return np.mean([float(row["pretrain_seconds"]) for row in encoders(of)])
+
+    if not encoders(name):
+        return ["-"] * 4
+    slices, steps = ("/".join(unique(row[key] for row in encoders(name))) for key in ("slices", "steps"))
+    speed_up = f"{seconds(base) / seconds(name):.1f} x" if base and encoders(base) else "-"
+    return [slices, steps, f"{seconds(name):.0f} s", speed_up]
+
+
+def auc_cell(cell, draws):
+    if not cell:
+        return "-"
+    values = [float(row["auc"]) for row in cell]
+    low, high = auc.interval(np.mean(list(draws.values()), axis=0))
+    return f"{spread(values)} [{low:.3f}, {high:.3f}]"
+
+
+def f1_cell(cell):
+    return " / ".join(f"{np.mean([float(row[key]) for row in cell]):.3f}" for key in ("f1", "accuracy")) if cell else "-"
+
+
+def difference_cell(own, base):
+    """Mean paired difference over the seeds that both rows have."""
+    shared = [seed for seed in own if seed in base]
+    if not shared:
+        return "-"
+    differences = np.mean([own[seed] - base[seed] for seed in shared], axis=0)
+    low, high = auc.interval(differences)
+    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p={auc.p_value(differences):.3f}"
+
+
+def spread(values):
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def paper_tables():
+    abstract = markdown(["task", "ALL", "reduced"], ABSTRACT)
+    heads = ["row", "COVID-CT, PET-CT", "COVID-CT, LIDC", "brain, PET-CT", "brain, LIDC"]
+    draft = markdown(heads, [[name, *(f"{value / 100:.3f}" for value in values)] for name, values in DRAFT.items()])
+    return "\n\n".join([
+        "## The paper's numbers", "AUC, from the abstract (pre-training up to nine times faster):", abstract,
+        "AUC, from drafts of the authors' charts, published before the paper (unconfirmed; three cells agree with the "
+        "abstract); task, pre-training data:", draft])  # fmt: skip
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def unique(values):
+    return list(dict.fromkeys(values))
