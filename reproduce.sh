@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Reproduces the tables: reduce, pre-train and evaluate every row, print the tables. See usage below.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+bash reproduce.sh                  the whole pipeline on toy CT made on the spot: minutes on a laptop, nothing downloaded
+bash reproduce.sh --data DIR       the same rows on real CT
+bash reproduce.sh --test           the tests
+
+On first use it makes .venv and installs requirements.txt there (Python 3.11 or newer). With PYTHON=/path/to/python set
+it uses that Python as it is. Stopped and started again, it goes on where it was.
+
+  --out DIR          results (default: results/toy, or results/<name of the data folder>)
+  --seeds K          pre-training runs a row (default: 3 for toy data, 1 for real data)
+  --rows "A B"       of: scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 (default: all of them)
+  --pretrain "..."   flags for every pretrain.py (default for real data: "--epochs 100", the rest pretrain.py's)
+  --evaluate "..."   flags for every evaluate.py (default for real data: evaluate.py's, the paper's fine-tuning)
+
+EveryN and Random keep as many slices as Hash-6 does, so that the choice of slices can be told from their number.
+
+DIR must hold ct/ and at least one of the others; a link to a folder will do:
+  ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used
+                LIDC-IDRI            1,010 chest CT, cancerimagingarchive.net, CC BY 3.0
+                FDG-PET-CT-Lesions   the CT of 891 whole-body scans, cancerimagingarchive.net, licence and access: see its page
+  covid-ct/   COVID-CT: CT_COVID/, CT_NonCOVID/ and Data-split/ unpacked from github.com/UCSD-AI4H/COVID-CT
+                (figures collected from papers; for research)
+  organ/      organsmnist.npz of MedMNIST, medmnist.com, CC BY 4.0
+  head-ct/    Head CT - hemorrhage (200 images, labels.csv), Kaggle (felipekitamura/head-ct-hemorrhage), no licence
+                stated; it stands in for the paper's brain CT, which is not public
+Access and licences change: read them at the source before you use the data.
+TEXT
+}
+
+main() {
+  parse "$@"
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  prepare_python
+  if [ "$mode" = test ]; then exec "$python" -m pytest -q tests; fi
+  prepare_data
+  mkdir -p "$out/done"
+
+  reduce --strategy all # always called: it notices when the CT has changed
+  once hash-6 reduce --strategy hash --threshold 6
+  budget=$("$python" -c 'import json, sys; s = json.load(open(sys.argv[1])); print(round(s["kept"] / s["slices"], 4))' "$out/slices/hash-6.json")
+  for row in $rows; do
+    if [ "$row" = scratch ]; then evaluate_row scratch scratch; continue; fi
+    encoders=()
+    for ((seed = 0; seed < seeds; seed++)); do
+      select_row "$row" "$seed"
+      run=$out/runs/$row-seed-$seed
+      once "pretrain-$row-$seed" "$python" pretrain.py "$out/slices/$selection.csv" "$run" --seed "$seed" $pretrain_flags
+      encoders+=("$run/encoder.pt")
+    done
+    evaluate_row "$row" "${encoders[@]}"
+  done
+
+  "$python" evaluate.py tables "$out/results.csv" > "$out/tables.md.tmp"
+  mv "$out/tables.md.tmp" "$out/tables.md"
+  cat "$out/tables.md"
+  echo
+  echo "Written to $out/tables.md; selections to look at: $out/slices/*.png"
+}
+
+# Makes the selection of a row; leaves its name in $selection. Random draws anew for every pre-training seed.
+select_row() {
+  case $1 in
+    ALL) selection=all ;;
+    Hash-*) selection=hash-${1#Hash-}; once "$selection" reduce --strategy hash --threshold "${1#Hash-}" ;;
+    EveryN) selection=every-n-keep-$budget; once "$selection" reduce --strategy every-n --keep "$budget" ;;
+    Random)
+      selection=random-keep-$budget
+      if [ "$2" != 0 ]; then selection=$selection-seed-$2; fi
+      once "$selection" reduce --strategy random --keep "$budget" --seed "$2" ;;
+  esac
+}
+
+evaluate_row() {
+  local name=$1 task folder
+  shift
+  for task in $tasks; do
+    if [ "$mode" = toy ]; then folder=$out/toy; else folder=$data/$task; fi
+    once "evaluate-$name-$task" "$python" evaluate.py "$task" "$folder" \
+      --encoder "$@" --results "$out/results.csv" --name "$name" $evaluate_flags
+  done
+}
+
+reduce() { "$python" reduce.py "$ct" "$out/slices" "$@"; }
+
+# once KEY COMMAND...: runs the command unless it has ended well before, word for word.
+once() {
+  local key=$1
+  shift
+  if [ -f "$out/done/$key" ] && [ "$(cat "$out/done/$key")" = "$*" ]; then return; fi
+  printf '\n--- %s\n' "$key"
+  "$@"
+  printf '%s\n' "$*" > "$out/done/$key"
+}
+
+parse() {
+  mode=toy data='' out='' seeds='' pretrain_flags='' evaluate_flags='' rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12'
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h) usage; exit ;;
+      --test) mode=test; shift; continue ;;
+      --data | --out | --seeds | --rows | --pretrain | --evaluate) [ $# -gt 1 ] || stop "$1 needs a value" ;;
+      *) stop "$1 is not an option" ;;
+    esac
+    case $1 in
+      --data) mode=real data=$2 ;;
+      --out) out=$2 ;;
+      --seeds) seeds=$2 ;;
+      --rows) rows=$2 ;;
+      --pretrain) pretrain_flags=$2 ;;
+      --evaluate) evaluate_flags=$2 ;;
+    esac
+    shift 2
+  done
+  for row in $rows; do
+    case $row in scratch | ALL | EveryN | Random | Hash-3 | Hash-6 | Hash-12) ;; *) stop "--rows: $row is not a row" ;; esac
+  done
+  if [ "$mode" = real ]; then
+    [ -d "$data/ct" ] || stop "$data/ct: no such folder"
+    data=$(cd "$data" && pwd)
+  fi
+  if [ -n "$out" ]; then mkdir -p "$out" && out=$(cd "$out" && pwd); fi
+}
+
+prepare_python() {
+  if [ -n "${PYTHON:-}" ]; then python=$PYTHON; return; fi
+  python=.venv/bin/python
+  if cmp -s requirements.txt .venv/installed.txt; then return; fi
+  local found=''
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$candidate; break; fi
+  done
+  [ -n "$found" ] || stop "needs Python 3.11 or newer, and found none on PATH"
+  echo "Installing requirements.txt into .venv (about 5 GB, minutes) ..."
+  "$found" -m venv .venv || stop "$found cannot make a virtual environment: on Debian or Ubuntu, apt-get install python3-venv"
+  "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt || stop "pip could not install requirements.txt"
+  cp requirements.txt .venv/installed.txt
+}
+
+prepare_data() {
+  if [ "$mode" = toy ]; then
+    out=${out:-$PWD/results/toy} seeds=${seeds:-3} tasks='toy-lesion toy-organ'
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 32 --epochs 10 --optimizer adamw}
+    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 3}
+    ct=$out/toy/ct
+    [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
+    return
+  fi
+  out=${out:-$PWD/results/$(basename "$data")} seeds=${seeds:-1} ct=$data/ct tasks=''
+  pretrain_flags=${pretrain_flags:---epochs 100}
+  for task in covid-ct organ head-ct; do
+    if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi
+  done
+  [ -n "$tasks" ] || stop "$data: holds none of covid-ct, organ and head-ct"
+}
+
+stop() {
+  echo "error: $1 (bash reproduce.sh --help)" >&2
+  exit 1
+}
+
+main "$@"

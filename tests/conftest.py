@@ -1,0 +1,58 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def write_dicom():
+    """write_dicom(path, stored values, **tags to set, or to delete with None): one CT slice."""
+
+    def write(path, stored, **tags):
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        stored = np.asarray(stored)
+        dataset.Rows, dataset.Columns = stored.shape
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated = dataset.BitsStored = 16
+        dataset.HighBit, dataset.PixelRepresentation = 15, int(stored.min() < 0)
+        dataset.PixelData = stored.astype("<i2" if stored.min() < 0 else "<u2").tobytes()
+        dataset.Modality, dataset.SeriesInstanceUID, dataset.InstanceNumber = "CT", "1.2.3", 1
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
+        dataset.ImagePositionPatient, dataset.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+        for tag, value in tags.items():
+            if value is None:
+                del dataset[tag]
+            elif tag == "PixelPaddingValue" and value > 32767:  # as scanners do, unsigned beside signed pixels
+                dataset.add_new(tag, "US", value)
+            else:
+                setattr(dataset, tag, value)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(path, enforce_file_format=True)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(script and arguments): the finished process, with its text output; fails the test unless `ok` fits."""
+
+    def call(*command, ok=True, program=sys.executable):
+        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
+        command = [program, *map(str, command)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call

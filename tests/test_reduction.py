@@ -1,0 +1,70 @@
+import csv
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import reduction
+
+
+def slow_greedy(hashes, threshold):
+    """The rule in the plainest words, on imagehash's own objects: [(kept, [what goes with it])]."""
+    remaining, found = list(enumerate(hashes)), []
+    while remaining:
+        first, kept = remaining[0]
+        gone = [i for i, h in remaining if h - kept <= threshold]
+        found.append((first, gone))
+        remaining = [(i, h) for i, h in remaining if i not in gone]
+    return found
+
+
+def random_walk(n, rng):
+    """Hashes like those of neighbouring slices: each differs from the one before in a few bits."""
+    bits = rng.random((n, 64)) < np.r_[1, np.full(n - 1, 0.04)][:, None]
+    bits[0] &= rng.random(64) < 0.5
+    return np.logical_xor.accumulate(bits, 0)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 3, 6, 12, 30, 64])
+@pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
+def test_hash_selection_is_the_plain_loop(threshold, order):
+    rng = np.random.default_rng(threshold)
+    bits = random_walk(150, rng)
+    bits = {"forward": bits, "backward": bits[::-1], "shuffled": rng.permutation(bits)}[order]
+    expected = np.empty(150, int)
+    for kept, members in slow_greedy([imagehash.ImageHash(b.reshape(8, 8)) for b in bits], threshold):
+        expected[members] = kept
+    hashes = np.array([int(str(imagehash.ImageHash(b.reshape(8, 8))), 16) for b in bits], np.uint64)
+    assert reduction.select_hash(hashes, threshold).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (100, 333), (401, 37)])
+def test_the_stored_dhash_is_that_of_imagehash_at_full_resolution(tmp_path, run, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels.flat[:2] = 0, 255  # so that min-max scaling changes nothing
+    (tmp_path / "data").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "data" / "p_1.png")
+    run("reduce.py", tmp_path / "data", tmp_path / "out", "--strategy", "all", "--workers", 1, "--size", 32)
+    with open(tmp_path / "out" / "slices.csv") as file:
+        [row] = csv.DictReader(file)
+    assert row["dhash"] == str(imagehash.dhash(Image.fromarray(pixels)))
+
+
+def test_dhash_golden_value():
+    """A ramp: brighter to the right, so every bit is set; from imagehash 4.3.2, Pillow 12.3.0."""
+    ramp = np.tile(np.arange(90, dtype=np.uint8), (80, 1))
+    assert reduction.dhash(ramp) == "ffffffffffffffff"
+    assert reduction.dhash(ramp[:, ::-1].copy()) == "0000000000000000"
+
+
+def test_baselines_keep_what_the_budget_says():
+    sizes = np.array([100, 37, 13, 250])
+    counts = reduction.share_out(sizes, 0.1)
+    assert counts.sum() == 40 and (counts >= 1).all() and (np.abs(counts - sizes * 0.1) <= 1).all()
+    for n, count in zip(sizes, counts):
+        for chosen in (reduction.select_evenly(n, count), reduction.select_random(n, count, np.random.default_rng(0))):
+            kept = np.flatnonzero(chosen == np.arange(n))
+            assert len(kept) == count
+            assert all(abs(i - chosen[i]) == np.abs(i - kept).min() for i in range(n))
+    assert reduction.select_every(10, 4).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
