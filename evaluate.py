@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, load_encoder
-from common.files import fail, write_atomically
+from common.files import fail, whole_file
 from common.tables import COLUMNS, read_results, scores_file, tables
 from common.tasks import load_task, split_of
 
@@ -190,20 +190,17 @@ def is_done(results, row):
 
 def write_row(results, row, images, labels, probabilities):
     """Save the test scores, then add the line, in place of one with the same task, name, protocol and seed."""
-    scores = {"images": images, "labels": labels, "probabilities": probabilities.astype(np.float32)}
-    write_atomically(scores_file(results, row), lambda file: np.savez(file, **scores))
+    with whole_file(scores_file(results, row)) as file:
+        np.savez(file, images=images, labels=labels, probabilities=probabilities.astype(np.float32))
 
     def same(old):
         return all(old[key] == str(row[key]) for key in ("task", "name", "protocol", "seed"))
 
     rows = [old for old in read_results(results) if not same(old)] + [row]
-
-    def write(file):
+    with whole_file(results, text=True) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-    write_atomically(results, write, text=True)
 
 
 def print_tables(arguments):

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common import simclr
-from common.files import fail, versions, write_atomically
+from common.files import fail, versions, whole_file
 from common.store import read_selection
 
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
@@ -200,11 +200,13 @@ def epoch_line(state, epoch, rate):
 
 
 def write_log(run, lines):
-    write_atomically(run / "log.jsonl", lambda file: file.writelines(json.dumps(line) + "\n" for line in lines), text=True)
+    with whole_file(run / "log.jsonl", text=True) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def save(path, state):
-    write_atomically(path, lambda file: torch.save(state, file))
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 if __name__ == "__main__":

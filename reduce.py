@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import reduction
-from common.files import fail, versions, write_atomically
+from common.files import fail, versions, whole_file
 from common.sheet import contact_sheet
 from common.store import open_or_build_store
 
@@ -37,7 +37,8 @@ def main():
     name = selection_name(args, threshold)
     kept = representative == np.arange(len(representative))
     write_selection(args.out / f"{name}.csv", representative, reduction.hamming(store.hashes, store.hashes[representative]))
-    write_atomically(args.out / f"{name}.png", lambda file: contact_sheet(store, representative).save(file, "PNG"))
+    with whole_file(args.out / f"{name}.png") as file:
+        contact_sheet(store, representative).save(file, "PNG")
     seconds = {"store": stored - started, "select": selected - stored, "write": time.perf_counter() - selected}
     write_summary(args, name, threshold, store, kept, seconds)
     print(f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.1%}) -> {args.out / name}.csv")
@@ -126,13 +127,10 @@ def selection_name(args, threshold):
 
 def write_selection(path, representative, bits):
     """NAME.csv: row,kept,representative,similarity; similarity in bits that differ, for the baselines too."""
-
-    def write(file):
+    with whole_file(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "kept", "representative", "similarity"])
         writer.writerows((row, int(row == r), r, b) for row, (r, b) in enumerate(zip(representative, bits)))
-
-    write_atomically(path, write, text=True)
 
 
 def write_summary(args, name, threshold, store, kept, seconds):
@@ -148,7 +146,8 @@ def write_summary(args, name, threshold, store, kept, seconds):
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "versions": versions(),
     }
-    write_atomically(args.out / f"{name}.json", lambda file: json.dump(summary, file, indent=1), text=True)
+    with whole_file(args.out / f"{name}.json", text=True) as file:
+        json.dump(summary, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Output files that are either whole or absent, and errors that are one line."""
 
 import os
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,20 +11,22 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
-def write_atomically(path, write, text=False):
-    """Call write(file) on a temporary file beside path, then rename it to path; on an error nothing stays."""
+@contextmanager
+def whole_file(path, text=False):
+    """Open a temporary file beside path for writing; rename it to path at the end of the block, or remove it on an error."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     mode = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"} if text else {"mode": "wb"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, **mode) as file:
-            write(file)
+            yield file
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            fail(f"{path}: cannot be written: {error.strerror or error}")
+        fail(f"{error.filename or path}: {error.strerror or error}")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import ct
-from common.files import fail, write_atomically
+from common.files import fail, whole_file
 from common.reduction import dhash
 
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
@@ -54,7 +54,8 @@ def open_or_build_store(data, out, size, window, workers):
             fail(f"{out} was made from other input: {what} changed; give another OUT, or delete this one")
     else:
         build_store(data, out, [file for file, _, _ in files], size, window, workers)
-        write_atomically(out / "store.json", lambda file: json.dump(made_from, file, indent=1), text=True)
+        with whole_file(out / "store.json", text=True) as file:
+            json.dump(made_from, file, indent=1)
     return read_store(out)
 
 
@@ -63,21 +64,18 @@ def build_store(data, out, files, size, window, workers):
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
 
         def read_headers(read, paths):
-            return tqdm(pool.map(read, paths, chunksize=64), "headers", len(paths), unit="file")
+            return tqdm(pool.map(read, paths, chunksize=64), "headers", len(paths), unit="file", disable=not paths)
 
         volumes, skipped = ct.find_volumes(data, files, read_headers)
         places = [(v.name, position, file) for v in volumes for file, position in zip(v.files, v.positions)]
         paths = [Path(data, file) for _, _, file in places]
         decoded = pool.map(partial(decode, size=size, window=window), paths, chunksize=8)
-        progress = tqdm(zip(places, decoded), "slices", len(places), unit="slice")
-        counts = write_slices(out, progress, size, skipped)
-    skipped.sort()
-    write_csv(out / "skipped.csv", ["file", "reason"], skipped)
-    n, n_volumes = counts
-    if n == 0:
-        common = Counter(why for _, why in skipped).most_common(1)
-        fail(f"{data}: no CT slice found" + (f"; {len(skipped)} files skipped, most: {common[0][0]}" if common else ""))
-    print(f"{n} slices of {n_volumes} volumes; {len(skipped)} files skipped" + (f", see {out / 'skipped.csv'}" * bool(skipped)))
+        progress = tqdm(zip(places, decoded), "slices", len(places), unit="slice", disable=not places)
+        n, n_volumes = write_slices(data, out, progress, size, skipped)
+    with whole_file(out / "skipped.csv", text=True) as file:
+        csv.writer(file, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped)])
+    left_out = f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped" + (f", see {out / 'skipped.csv'}" if skipped else "")
+    print(f"{n} slices of {n_volumes} volumes; {left_out}")
 
 
 def decode(path, size, window):
@@ -89,45 +87,33 @@ def decode(path, size, window):
         return str(error)
 
 
-def write_slices(out, decoded, size, skipped):
-    """Write slices.npy and slices.csv in one pass; append to skipped. Returns (slices, volumes) written."""
-    volumes = set()
-
-    def write(array_file):
-        n = 0
-
-        def write_rows(csv_file):
-            nonlocal n
-            writer = csv.writer(csv_file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for (volume, position, file), result in decoded:
-                if isinstance(result, str):
-                    skipped.append((file, result))
-                    continue
-                pixels, bits = result
-                array_file.write(pixels.tobytes())
-                writer.writerow([n, volume, position, file, bits])
-                volumes.add(volume)
-                n += 1
-
+def write_slices(data, out, decoded, size, skipped):
+    """Write slices.npy and slices.csv in one pass; append to skipped. Returns the numbers of slices and volumes."""
+    n, volumes = 0, set()
+    with whole_file(out / "slices.npy") as array_file, whole_file(out / "slices.csv", text=True) as csv_file:
         write_npy_header(array_file, 0, size)
-        write_atomically(out / "slices.csv", write_rows, text=True)
+        writer = csv.writer(csv_file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for (volume, position, file), result in decoded:
+            if isinstance(result, str):
+                skipped.append((file, result))
+                continue
+            pixels, bits = result
+            array_file.write(pixels.tobytes())
+            writer.writerow([n, volume, position, file, bits])
+            volumes.add(volume)
+            n += 1
+        if n == 0:
+            most = Counter(why for _, why in skipped).most_common(1)
+            fail(f"{data}: no CT slice found" + (f"; {len(skipped)} files skipped, most: {most[0][0]}" if most else ""))
         array_file.seek(0)
         write_npy_header(array_file, n, size)  # same length: NumPy leaves room for the first axis to grow
-        counts.append(n)
-
-    counts = []
-    write_atomically(out / "slices.npy", write)
-    return counts[0], len(volumes)
+    return n, len(volumes)
 
 
 def write_npy_header(file, n, size):
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def write_csv(path, header, rows):
-    write_atomically(path, lambda file: csv.writer(file, lineterminator="\n").writerows([header, *rows]), text=True)
 
 
 def read_store(out):

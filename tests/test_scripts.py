@@ -1,0 +1,213 @@
+"""The real scripts, tiny, in subprocesses, on toy CT."""
+
+import csv
+import json
+
+import imagehash
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import ct, toy
+from common.encoder import load_encoder
+from common.tasks import load_task, split_of
+
+TINY = ["--arch", "resnet18", "--size", 16, "--batch-size", 16, "--optimizer", "adamw"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, run):
+    """A toy cohort of 3 patients with one file cut short, and its hash-6 selection."""
+    folder = tmp_path_factory.mktemp("made")
+    toy.write_cohort(folder / "ct", patients=3, slices=20)
+    cut = sorted((folder / "ct").rglob("*.dcm"))[5]
+    cut.write_bytes(cut.read_bytes()[:-500])
+    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "hash", "--size", 32)
+    return folder, cut, done.stdout
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_reduce_writes_the_contract(made):
+    folder, cut, stdout = made
+    store = folder / "store"
+    slices, rows, selection = np.load(store / "slices.npy"), table(store / "slices.csv"), table(store / "hash-6.csv")
+    files = list((folder / "ct").rglob("*.dcm"))
+    assert slices.shape == (len(files) - 1, 32, 32) and slices.dtype == np.uint8
+    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"] and len(rows) == len(slices)
+    assert list(selection[0]) == ["row", "kept", "representative", "similarity"] and len(selection) == len(slices)
+    [skipped] = table(store / "skipped.csv")
+    assert skipped["file"] == cut.relative_to(folder / "ct").as_posix() and "pixel data" in skipped["reason"]
+    assert "1 file skipped" in stdout
+    hashes = [imagehash.hex_to_hash(row["dhash"]) for row in rows]
+    for row, line in zip(rows, selection):
+        representative = int(line["representative"])
+        assert row["volume"] == rows[representative]["volume"] and selection[representative]["kept"] == "1"
+        assert int(line["similarity"]) == hashes[int(row["row"])] - hashes[representative] <= 6
+        assert (line["kept"] == "1") == (representative == int(line["row"]))
+        assert row["dhash"] == str(imagehash.dhash(Image.fromarray(ct.read_slice(folder / "ct" / row["file"]))))
+    for volume in {row["volume"] for row in rows}:
+        assert np.all(np.diff([float(row["position"]) for row in rows if row["volume"] == volume]) > 0)
+    summary = json.loads((store / "hash-6.json").read_text())
+    assert summary["slices"] == len(slices) and summary["kept"] == sum(line["kept"] == "1" for line in selection)
+    assert "TOY" not in "".join(file.read_text() for file in store.glob("*.[cj]s*"))  # no patient's name
+    assert Image.open(store / "hash-6.png").width > 1000
+
+
+def test_the_store_is_reused_and_a_changed_ct_folder_is_noticed(made, run):
+    folder, _, _ = made
+    before = (folder / "store" / "slices.npy").stat().st_mtime_ns
+    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "random", "--keep", 0.3, "--size", 32)
+    assert "headers" not in done.stderr and (folder / "store" / "slices.npy").stat().st_mtime_ns == before
+    kept = json.loads((folder / "store" / "random-keep-0.3.json").read_text())
+    assert abs(kept["kept"] - 0.3 * kept["slices"]) <= 0.5
+    for changed in (["--size", 48], ["--size", 32, "--window", 40, 400]):
+        done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", *changed, ok=False)
+        assert "was made from other input" in done.stderr and "Traceback" not in done.stderr
+    extra = folder / "ct" / "extra.txt"
+    extra.write_text("new")
+    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32, ok=False)
+    extra.unlink()
+    assert "files of DATA" in done.stderr
+
+
+def test_the_number_of_workers_changes_no_byte(made, run):
+    folder, _, _ = made
+    run("reduce.py", folder / "ct", folder / "store1", "--strategy", "hash", "--size", 32, "--workers", 1)
+    for name in ("slices.npy", "slices.csv", "skipped.csv", "hash-6.csv", "hash-6.png"):
+        assert (folder / "store1" / name).read_bytes() == (folder / "store" / name).read_bytes()
+
+
+def test_pretrain_resumes_to_the_same_bytes(made, run, tmp_path):
+    """A run stopped half-way (as its checkpoint is on disk) ends like one that was not."""
+    folder, _, _ = made
+    selection = folder / "store" / "hash-6.csv"
+    run("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY)
+    program = (
+        "import pretrain, time; pretrain.SAVE_EVERY = 0; real = pretrain.save\n"
+        "def save(path, state):\n"
+        "    real(path, state)\n"
+        "    if state.get('step') == 3: raise SystemExit(9)\n"
+        "pretrain.save = save; pretrain.main()"
+    )
+    run("-c", program, selection, tmp_path / "b", "--steps", 6, *TINY, ok=False)
+    assert not (tmp_path / "b" / "encoder.pt").exists()
+    assert "going on at step 3" in run("pretrain.py", selection, tmp_path / "b", "--steps", 6, *TINY).stdout
+    assert (tmp_path / "a" / "encoder.pt").read_bytes() == (tmp_path / "b" / "encoder.pt").read_bytes()
+    assert "nothing to do" in run("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY).stdout
+    assert "step" in run("pretrain.py", selection, tmp_path / "a", "--steps", 7, *TINY, ok=False).stderr
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert {"settings", "versions"} <= set(lines[0]) and lines[-1]["step"] == 6
+    assert set(load_encoder(tmp_path / "a" / "encoder.pt", "resnet18", 0).state_dict()) == set(
+        torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)
+    )
+
+
+def test_evaluate_writes_one_line_a_seed_and_its_scores(tmp_path, run):
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+    toy.write_tasks(tmp_path, size=32)
+    results = tmp_path / "results.csv"
+    common = ["--results", results, "--arch", "resnet18", "--size", 32, "--seeds", 2]
+    run("evaluate.py", "toy-organ", tmp_path, "--encoder", "scratch", *common, "--protocol", "linear", "--name", "ALL")
+    run("evaluate.py", "toy-lesion", tmp_path, "--encoder", "scratch", *common, "--epochs", 2, "--freeze-epochs", 1)
+    done = run("evaluate.py", "toy-lesion", tmp_path, "--encoder", "scratch", *common, "--epochs", 2, "--freeze-epochs", 1)
+    assert done.stdout.count("done before") == 2
+    rows = table(results)
+    assert [(r["task"], r["name"], r["protocol"], r["seed"]) for r in rows] == [
+        ("toy-organ", "ALL", "linear", "0"), ("toy-organ", "ALL", "linear", "1"),
+        ("toy-lesion", "scratch", "finetune", "0"), ("toy-lesion", "scratch", "finetune", "1"),
+    ]  # fmt: skip
+    for row in rows:
+        scores = np.load(tmp_path / "results-scores" / "{task}-{name}-{protocol}-{seed}.npz".format(**row))
+        labels, p = scores["labels"], scores["probabilities"]
+        binary = p.shape[1] == 2
+        expected = roc_auc_score(labels, p[:, 1] if binary else p / p.sum(1, keepdims=True), multi_class="ovr")
+        assert float(row["auc"]) == pytest.approx(expected, abs=2e-5) and len(labels) == int(row["test"])
+        assert float(row["f1"]) == pytest.approx(f1_score(labels, p.argmax(1), average="binary" if binary else "macro"), abs=1e-5)
+        assert float(row["accuracy"]) == pytest.approx(accuracy_score(labels, p.argmax(1)), abs=1e-5)
+    tables = run("evaluate.py", "tables", results).stdout
+    assert "| ALL | -" in tables and "0.830" in tables
+
+
+def test_the_covid_and_head_ct_folders(tmp_path):
+    """Layouts of the public sets; the duplicated head stays on one side of every split."""
+    rng = np.random.default_rng(0)
+
+    def picture(path, pixels=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 30), dtype=np.uint8) if pixels is None else pixels).save(path)
+
+    for kind in ("COVID", "NonCOVID"):
+        for part, n in (("train", 4), ("val", 2), ("test", 3)):
+            listing = tmp_path / "covid" / "Data-split" / kind / f"{part}CT_{kind}.txt"
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            listing.write_text("".join(f"{part} {i}.png\n" for i in range(n)))
+            for i in range(n):
+                picture(tmp_path / "covid" / f"CT_{kind}" / f"{part} {i}.png")
+    task = load_task("covid-ct", tmp_path / "covid", 24)
+    assert {part: len(rows) for part, rows in split_of(task, 0).items()} == {"train": 8, "val": 4, "test": 6}
+    assert task.images.shape == (18, 24, 24) and task.labels.sum() == 9 and task.vertical_flip
+
+    twin = rng.integers(0, 256, (40, 30), dtype=np.uint8)
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "labels.csv").write_text("id, hemorrhage\n" + "".join(f"{i},{int(i < 20)}\n" for i in range(40)))
+    for i in range(40):
+        picture(tmp_path / "head" / "head_ct" / f"{i:03d}.png", twin if i in (28, 29) else None)
+    task = load_task("head-ct", tmp_path / "head", 24)
+    for seed in range(20):
+        split = split_of(task, seed)
+        assert sorted(np.concatenate(list(split.values()))) == list(range(40))
+        assert any({28, 29} <= set(rows) for rows in split.values())
+        assert all(4 <= task.labels[split[part]].sum() <= 12 for part in split)
+    assert any(not np.array_equal(split_of(task, 0)["test"], split_of(task, s)["test"]) for s in range(1, 5))
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["reduce.py", "{t}/none", "{t}/o", "--strategy", "all"], "no such folder"),
+        (["reduce.py", "{t}", "{t}/o", "--strategy", "all"], "lies inside"),
+        (["reduce.py", "{t}/empty", "{t}/o", "--strategy", "all"], "no CT slice"),
+        (["reduce.py", "{t}/empty", "{t}/o", "--strategy", "hash", "--keep", "1.5"], "not a share"),
+        (["pretrain.py", "{t}/none.csv", "{t}/r"], "no such selection"),
+        (["evaluate.py", "toy-organ", "{t}/none", "--encoder", "scratch", "--results", "{t}/r.csv"], "no such file"),
+        (["evaluate.py", "toy-organ", "{t}/empty", "--encoder", "scratch", "--results", "{t}/r.csv"], "one is needed"),
+        (["evaluate.py", "tables", "{t}/none.csv"], "no such file"),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path, run, command, words):
+    (tmp_path / "empty").mkdir()
+    done = run(*(part.format(t=tmp_path) for part in command), ok=False)
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_another_architecture_is_refused(tmp_path):
+    from common import simclr
+
+    torch.save(simclr.build("resnet18")[0].state_dict(), tmp_path / "encoder.pt")
+    for arch, words in (("resnet50", "does not hold exactly"), ("resnet18", None)):
+        if words:
+            with pytest.raises(SystemExit, match=words):
+                load_encoder(tmp_path / "encoder.pt", arch, 0)
+        else:
+            load_encoder(tmp_path / "encoder.pt", arch, 0)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "encoder.pt").read_bytes()[:10_000])
+    with pytest.raises(SystemExit, match="damaged"):
+        load_encoder(tmp_path / "cut.pt", "resnet18", 0)
+
+
+def test_a_reproduction_of_two_rows(tmp_path, run):
+    command = ["reproduce.sh", "--out", tmp_path / "out", "--seeds", 1, "--rows", "ALL Hash-6"]
+    command += ["--pretrain", "--arch resnet18 --size 16 --steps 3 --optimizer adamw"]
+    command += ["--evaluate", "--protocol linear --arch resnet18 --size 32 --seeds 2"]
+    done = run(*command, program="bash")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert text in done.stdout and "| ALL |" in text and "| Hash-6 |" in text
+    assert len(table(tmp_path / "out" / "results.csv")) == 2 * 2 * 2
+    again = run(*command, program="bash")
+    assert "pretrain-" not in again.stdout and text in again.stdout
