@@ -54,7 +54,7 @@ def main():
         if args.protocol == "linear":
             key = seed if source == "scratch" else source
             if key not in features:
-                features = {key: extract(load_encoder(source, args.arch, seed), task, device, f"{args.name} features")}
+                features[key] = extract(load_encoder(source, args.arch, seed), task, device, f"{args.name} features")
             probabilities = linear(features[key], task.labels, split, seed)
         else:
             probabilities = finetune(load_encoder(source, args.arch, seed), task, split, seed, args, device)
