@@ -12,7 +12,7 @@ On first use it makes .venv and installs requirements.txt there (Python 3.11 or 
 it uses that Python as it is. Stopped and started again, it goes on where it was.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
-  --seeds K          pre-training runs a row (default: 3 for toy data, 1 for real data)
+  --seeds K          pre-training runs a row (default: 2 for toy data, 1 for real data)
   --rows "A B"       of: scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 (default: all of them)
   --pretrain "..."   flags for every pretrain.py (default for real data: "--epochs 100", the rest pretrain.py's)
   --evaluate "..."   flags for every evaluate.py (default for real data: evaluate.py's, the paper's fine-tuning)
@@ -143,9 +143,9 @@ prepare_python() {
 
 prepare_data() {
   if [ "$mode" = toy ]; then
-    out=${out:-$PWD/results/toy} seeds=${seeds:-3} tasks='toy-lesion toy-organ'
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 32 --epochs 10 --optimizer adamw}
-    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 3}
+    out=${out:-$PWD/results/toy} seeds=${seeds:-2} tasks='toy-lesion toy-organ'
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 32 --epochs 8 --optimizer adamw}
+    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 4}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return

@@ -204,7 +204,7 @@ def add_noise(image, sigma, rng):
     return np.maximum(image + sigma / 2**0.5 * (white + grain), -1024)
 
 
-def write_cohort(folder, patients=12, slices=60, size=128, seed=0):
+def write_cohort(folder, patients=8, slices=60, size=128, seed=0):
     """Write folder/patient-XX/*.dcm: a series of about `slices` slices of size x size pixels each.
 
     Even patients: signed 16 bit, padded outside a circle, names from the feet up. Odd: unsigned 12 bit, shuffled names.
@@ -295,7 +295,7 @@ def write_tasks(folder, size=64, seed=0):
 def main():
     parser = argparse.ArgumentParser(description="Write a made-up CT cohort and two labelled tasks.")
     parser.add_argument("folder", type=Path, help="where to write; must not exist yet")
-    parser.add_argument("--patients", type=int, default=12, help="patients of the unlabelled cohort")
+    parser.add_argument("--patients", type=int, default=8, help="patients of the unlabelled cohort")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients")
     args = parser.parse_args()
     if args.folder.exists():
