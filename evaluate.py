@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from torch import nn
 from tqdm import tqdm
 
@@ -109,14 +109,16 @@ def linear(features, labels, split, seed):
     choice): the spread over seeds is then one over training sets.
     """
     train = np.sort(np.random.default_rng(seed).permutation(split["train"])[: -(len(split["train"]) // 10)])
+    scaled = StandardScaler().fit(features[train]).transform(features)
+    model = LogisticRegression(max_iter=2000, warm_start=True)
     best, best_auc = None, -1.0
-    for c in C_GRID:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-        model.fit(features[train], labels[train])
-        value = auc.metrics(labels[split["val"]], model.predict_proba(features[split["val"]]))["auc"]
-        if value > best_auc:
-            best, best_auc = model, value
-    return best.predict_proba(features[split["test"]])
+    with threadpool_limits(1):  # on small matrices BLAS threads cost more than they bring: 2 to 9 times, on 2 cores
+        for c in C_GRID:
+            model.set_params(C=c).fit(scaled[train], labels[train])
+            value = auc.metrics(labels[split["val"]], model.predict_proba(scaled[split["val"]]))["auc"]
+            if value > best_auc:
+                best, best_auc = model.predict_proba(scaled[split["test"]]), value
+    return best
 
 
 @torch.inference_mode()
