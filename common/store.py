@@ -61,7 +61,8 @@ def open_or_build_store(data, out, size, window, workers):
 
 def build_store(data, out, files, size, window, workers):
     """Decode every slice below data in parallel, in order, into slices.npy, slices.csv and skipped.csv."""
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(workers or cores) as pool:
 
         def read_headers(read, paths):
             return tqdm(pool.map(read, paths, chunksize=64), "headers", len(paths), unit="file", disable=not paths)
