@@ -144,7 +144,7 @@ prepare_python() {
 prepare_data() {
   if [ "$mode" = toy ]; then
     out=${out:-$PWD/results/toy} seeds=${seeds:-2} tasks='toy-lesion toy-organ'
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 8 --optimizer adamw}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 6 --optimizer adamw}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 4}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"

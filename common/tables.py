@@ -129,7 +129,8 @@ def difference_cell(own, base):
         return "-"
     differences = np.mean([own[seed] - base[seed] for seed in shared], axis=0)
     low, high = auc.interval(differences)
-    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p={auc.p_value(differences):.3f}"
+    p = auc.p_value(differences)
+    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p{'<0.001' if p < 0.001 else f'={p:.3f}'}"
 
 
 def spread(values):
