@@ -75,7 +75,8 @@ def protocol_tables(results, rows, protocol):
     text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
     text += ["### AUC of every seed", markdown(["row", *tasks], seeds)]
     text += [f"Intervals and p: bootstrap over test images ({auc.DRAWS} stratified draws, AUC averaged over seeds); the "
-             "spread over seeds is the SD, not part of the interval; p is not corrected for the number of comparisons.",
+             "spread over seeds is the SD, not part of the interval; p is not corrected for the number of comparisons. "
+             "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
              "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
     return "\n\n".join(text)
 
