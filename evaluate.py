@@ -108,7 +108,8 @@ def linear(features, labels, split, seed):
     The fit itself has no randomness, so each seed trains on its own random nine tenths of the training images (our
     choice): the spread over seeds is then one over training sets.
     """
-    train = np.sort(np.random.default_rng(seed).permutation(split["train"])[: -(len(split["train"]) // 10)])
+    n = len(split["train"])
+    train = np.sort(np.random.default_rng(seed).permutation(split["train"])[: n - n // 10])
     scaled = StandardScaler().fit(features[train]).transform(features)
     model = LogisticRegression(max_iter=2000, warm_start=True)
     best, best_auc = None, -1.0
