@@ -3,7 +3,15 @@
 Reads every slice of DATA once into a slice store in OUT, then writes which slices a strategy keeps:
 
     python reduce.py DATA OUT --strategy hash --threshold 6     # the paper's best: OUT/hash-6.csv
-    python reduce.py DATA OUT --strategy random --keep 0.1      # a baseline at a budget: OUT/random-keep-0.1.csv
+    python reduce.py DATA OUT --strategy ssim --keep 0.1        # to a budget: the threshold is searched and reported
+    python reduce.py DATA OUT --strategy random --keep 0.1      # the baseline at that budget: OUT/random-keep-0.1.csv
+
+strategy   similar, so that one of the two goes, when          default   found by
+hash       at most T of the 64 bits of dHash differ            6         the paper's best
+ssim       structural similarity is at least T                 0.8       our choice, from contact sheets of CT
+mi         normalised mutual information is at least T         0.5       the same
+embedding  the cosine of ResNet features is at least T         0.95      the same; depends on the encoder
+every-n    every T-th slice stays                              8         our choice, near what hash keeps
 
 DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder of
 <volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses the store.
@@ -13,16 +21,19 @@ import argparse
 import csv
 import json
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
-from common import reduction
+from common import reduction, similarity
 from common.files import fail, versions, whole_file
 from common.sheet import contact_sheet
-from common.store import open_or_build_store
+from common.store import in_order, open_or_build_store, worker_pool
 
-DEFAULT_THRESHOLDS = {"hash": 6, "every-n": 8}  # hash: the paper's best; every-n: ours, near what hash-6 keeps
+DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.8, "mi": 0.5, "embedding": 0.95, "every-n": 8}  # see above
 
 
 def main():
@@ -31,17 +42,18 @@ def main():
     store = open_or_build_store(args.data, args.out, args.size, args.window, args.workers)
     stored = time.perf_counter()
 
-    representative, threshold = select(args, store)
+    representative, similar, threshold = select(args, store)
     selected = time.perf_counter()
 
     name = selection_name(args, threshold)
     kept = representative == np.arange(len(representative))
-    write_selection(args.out / f"{name}.csv", representative, reduction.hamming(store.hashes, store.hashes[representative]))
+    write_selection(args.out / f"{name}.csv", representative, similar)
     with whole_file(args.out / f"{name}.png") as file:
         contact_sheet(store, representative).save(file, "PNG")
     seconds = {"store": stored - started, "select": selected - stored, "write": time.perf_counter() - selected}
     write_summary(args, name, threshold, store, kept, seconds)
-    print(f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.1%}) -> {args.out / name}.csv")
+    by = f" by threshold {threshold}, which comes closest to {args.keep:g}" if args.keep and threshold is not None else ""
+    print(f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%}){by} -> {args.out / name}.csv")
 
 
 def parse_args():
@@ -49,16 +61,18 @@ def parse_args():
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="tree of DICOM series and/or PNG or JPEG slices")
     add("out", type=Path, metavar="OUT", help="folder for the slice store and the selections")
-    add("--strategy", required=True, choices=["all", "every-n", "random", "hash"])
-    add("--threshold", type=int, help="hash: bits that may differ (default 6); every-n: n (default 8)")
+    add("--strategy", required=True, choices=["all", "every-n", "random", "hash", "ssim", "mi", "embedding"])
+    add("--threshold", type=float, help="T of the table above")
     add("--keep", type=float, help="budget instead of a threshold: share of slices to keep (default of random: 0.1)")
     add("--scope", choices=["volume", "dataset"], default="volume",
         help="select within each volume (paper) or over all volumes at once (the drafts' HashAll)")  # fmt: skip
+    add("--encoder", metavar="PATH|imagenet",
+        help="for embedding: an encoder.pt of pretrain.py, or torchvision's ImageNet ResNet-50 (downloaded)")  # fmt: skip
     add("--size", type=int, default=224, help="side of a stored slice in pixels")
     add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"),
         help="clip to this HU window instead of min-max scaling each slice (ablation)")  # fmt: skip
     add("--seed", type=int, default=0, help="for random")
-    add("--workers", type=int, default=None, help="processes that decode (default: one a core)")
+    add("--workers", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args()
     if args.threshold is not None and args.keep is not None:
         fail("--threshold and --keep exclude each other: give one")
@@ -68,8 +82,15 @@ def parse_args():
         fail("--strategy all keeps every slice: --keep needs another strategy")
     if args.keep is not None and not 0 < args.keep <= 1:
         fail(f"--keep {args.keep:g} is not a share: give a number above 0 and up to 1")
-    if args.threshold is not None and args.threshold < (1 if args.strategy == "every-n" else 0):
-        fail(f"--threshold {args.threshold} is too small for {args.strategy}")
+    if args.strategy in ("hash", "every-n") and args.threshold is not None:
+        if args.threshold != int(args.threshold) or args.threshold < (1 if args.strategy == "every-n" else 0):
+            fail(f"--threshold {args.threshold:g}: {args.strategy} needs a whole number of "
+                 + ("slices, 1 or more" if args.strategy == "every-n" else "bits"))  # fmt: skip
+        args.threshold = int(args.threshold)
+    if args.strategy in ("ssim", "mi") and args.scope == "dataset":
+        fail(f"--scope dataset is for all, every-n, random, hash and embedding: {args.strategy} would take too long")
+    if (args.strategy == "embedding") != (args.encoder is not None):
+        fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
     if args.strategy == "random" and args.keep is None:
@@ -80,29 +101,92 @@ def parse_args():
 
 
 def select(args, store):
-    """The chosen strategy on every group: (representative row of each row, threshold used or None)."""
+    """The chosen strategy on every group: (representative row of each row, similarity to it, threshold used or None)."""
     groups = store.volumes if args.scope == "volume" else [np.arange(len(store.hashes))]
     sizes = np.array([len(rows) for rows in groups])
-    budget = reduction.share_out(sizes, args.keep) if args.keep else None
-    if args.strategy == "all":
-        return np.arange(sizes.sum()), None
-    if args.strategy == "random":
-        rng = np.random.default_rng(args.seed)
-        return join(groups, [reduction.select_random(n, k, rng) for n, k in zip(sizes, budget)]), None
-    if args.strategy == "every-n":
-        if args.keep:
-            return join(groups, [reduction.select_evenly(n, k) for n, k in zip(sizes, budget)]), None
-        return join(groups, [reduction.select_every(n, args.threshold) for n in sizes]), args.threshold
+    if args.strategy in ("all", "random", "every-n"):
+        rng, budget = np.random.default_rng(args.seed), reduction.share_out(sizes, args.keep or 1)
+        chosen = {
+            "all": lambda n, count: np.arange(n),
+            "random": lambda n, count: reduction.select_random(n, count, rng),
+            "every-n": lambda n, count: reduction.select_every(n, args.threshold) if args.threshold else reduction.select_evenly(n, count),
+        }[args.strategy]
+        representative = join(groups, [chosen(n, count) for n, count in zip(sizes, budget)])
+        return representative, reduction.hamming(store.hashes, store.hashes[representative]), args.threshold
 
-    def by_hash(threshold):
-        return join(groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups])
+    pick = {"hash": by_hash, "ssim": by_pairs, "mi": by_pairs, "embedding": by_embedding}[args.strategy](args, store, groups)
+    pick = lru_cache(8)(pick)  # the search mostly ends near the threshold it chooses
+    threshold = threshold_for(args, groups, pick) if args.keep else args.threshold
+    return *pick(threshold), threshold
 
-    threshold = args.threshold
-    if args.keep:
-        kept = {t: len(np.unique(by_hash(t))) for t in range(65)}
-        threshold = reduction.threshold_for_budget(kept, sizes.sum(), args.keep)
-        print(f"--keep {args.keep:g}: threshold {threshold} comes closest, {kept[threshold] / sizes.sum():.4f}")
-    return by_hash(threshold), threshold
+
+def by_hash(args, store, groups):
+    """pick(threshold) -> (representative row, bits that differ) of every row, by dHash."""
+
+    def pick(threshold):
+        representative = join(groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups])
+        return representative, reduction.hamming(store.hashes, store.hashes[representative])
+
+    return pick
+
+
+def by_pairs(args, store, groups):
+    """pick(threshold) -> (representative row, similarity) of every row, by SSIM or mutual information of the slices."""
+    if args.strategy == "ssim" and args.size < 2 * similarity.RADIUS + 1:
+        fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
+
+    def pick(threshold):
+        work = partial(select_volume, store.path, args.strategy, threshold)
+        with worker_pool(args.workers) as pool, slice_bar(args.strategy, threshold, groups) as bar:
+            found = []
+            for representative, measured in in_order(pool, work, [(rows[0], rows[-1] + 1) for rows in groups]):
+                found.append((representative, measured))
+                bar.update(len(measured))
+        return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
+
+    return pick
+
+
+def select_volume(path, strategy, threshold, span):
+    """Greedy selection of one volume, rows first to last (excluded) of the store at path, in a process of its own."""
+    slices = np.array(np.load(path, mmap_mode="r")[span[0] : span[1]])
+    measure = {"ssim": similarity.ssim, "mi": similarity.mutual_information}[strategy](slices)
+    return reduction.greedy(len(slices), measure, lambda values: values >= threshold)
+
+
+def by_embedding(args, store, groups):
+    """pick(threshold) -> (representative row, cosine) of every row, by features of a ResNet."""
+    from common.encoder import embed  # only here: importing torch takes seconds
+
+    path = embed(args.encoder, store.slices, args.out)
+
+    def pick(threshold):
+        found = []
+        with threadpool_limits(1), slice_bar(args.strategy, threshold, groups) as bar:
+            for rows in groups:
+                measure = similarity.cosine(np.load(path, mmap_mode="r")[rows])
+                found.append(reduction.greedy(len(rows), measure, lambda values: values >= threshold))
+                bar.update(len(rows))
+        return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
+
+    return pick
+
+
+def slice_bar(strategy, threshold, groups):
+    return tqdm(desc=f"{strategy} {threshold:g}", total=sum(map(len, groups)), unit="slice")
+
+
+def threshold_for(args, groups, pick):
+    """The one threshold whose kept share comes closest to --keep."""
+    total = sum(map(len, groups))
+
+    def count(threshold):
+        return int((pick(threshold)[0] == np.arange(total)).sum())
+
+    if args.strategy == "hash":  # every threshold there is
+        return reduction.closest({t: count(t) for t in range(65)}, args.keep * total)
+    guess = DEFAULT_THRESHOLDS[args.strategy]
+    return reduction.search_threshold(count, len(groups), total, args.keep * total, guess)
 
 
 def join(groups, representatives):
@@ -119,18 +203,19 @@ def selection_name(args, threshold):
     if args.keep:
         name += f"-keep-{args.keep:g}"
     elif threshold is not None:
-        name += f"-{threshold}"
+        name += f"-{threshold:g}"
     if args.strategy == "random" and args.seed:
         name += f"-seed-{args.seed}"
     return name + ("-dataset" if args.scope == "dataset" and args.strategy != "all" else "")
 
 
-def write_selection(path, representative, bits):
-    """NAME.csv: row,kept,representative,similarity; similarity in bits that differ, for the baselines too."""
+def write_selection(path, representative, similar):
+    """NAME.csv: row,kept,representative,similarity; similarity to the representative (hash and baselines: bits that differ)."""
+    rounded = similar if similar.dtype.kind == "i" else similar.astype(float).round(6)
     with whole_file(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "kept", "representative", "similarity"])
-        writer.writerows((row, int(row == r), r, b) for row, (r, b) in enumerate(zip(representative, bits)))
+        writer.writerows((row, int(row == r), r, s) for row, (r, s) in enumerate(zip(representative, rounded)))
 
 
 def write_summary(args, name, threshold, store, kept, seconds):

@@ -1,6 +1,6 @@
-"""CT slices: find the volumes in a folder, order them along z, read HU, scale to 8 bit.
+"""CT slices: find the volumes in a folder, order them along z, bring them to HU, scale to 8 bit.
 
-Knows DICOM, PNG and JPEG and what is wrong with a file; knows nothing of strategies or training.
+Knows DICOM (through common/dicom.py), PNG and JPEG; knows nothing of strategies or training.
 """
 
 import os
@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pydicom
 from PIL import Image
+
+from common.dicom import Unusable, read_header, read_stored, reason
 
 AIR_HU = -1000.0  # what padding outside the field of view becomes, see stored_to_hu
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-HEADER_TAGS = [
-    "SeriesInstanceUID", "SOPInstanceUID", "Modality", "ImageType", "NumberOfFrames", "InstanceNumber",
-    "ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "PhotometricInterpretation",
-]  # fmt: skip
-
-
-class Unusable(ValueError):
-    """A file that cannot become a slice; its message is the reason that skipped.csv lists."""
 
 
 class Volume(NamedTuple):
     name: str  # SeriesInstanceUID, or the folder (or name prefix) of an image stack; never a patient's name
     files: list[str]  # relative to the data folder, in z order
     positions: list[str]  # mm along the slice normal, or the number in an image's name; "" where unknown
-
-
-class Header(NamedTuple):
-    series: str
-    instance: str  # SOPInstanceUID
-    position: float | None  # mm along the slice normal
-    number: float  # InstanceNumber
+    headers: list  # a Header each, or None for an image
 
 
 def list_files(data):
@@ -82,7 +69,7 @@ def find_volumes(data, files, map_files=map):
         volume, repeated = series_volume(uid, members)
         volumes.append(volume)
         skipped += repeated
-    return sorted(volumes), skipped
+    return sorted(volumes, key=lambda volume: volume.name), skipped
 
 
 def series_volume(uid, members):
@@ -97,7 +84,7 @@ def series_volume(uid, members):
     located = all(header.position is not None for _, header in kept)
     kept.sort(key=lambda m: (m[1].position if located else 0, m[1].number, m[0]))
     positions = [f"{header.position:.4f}" if located else "" for _, header in kept]
-    return Volume(uid, [file for file, _ in kept], positions), skipped
+    return Volume(uid, [file for file, _ in kept], positions, [header for _, header in kept]), skipped
 
 
 def image_volumes(files):
@@ -121,64 +108,24 @@ def image_volume(name, files):
         return int(numbers[-1]) if numbers else None
 
     files = sorted(files, key=lambda file: (number(file) is None, number(file) or 0, file))
-    return Volume(name, files, ["" if number(file) is None else str(number(file)) for file in files])
+    return Volume(name, files, ["" if number(file) is None else str(number(file)) for file in files], [None] * len(files))
 
 
-def read_header(path):
-    """The Header of a DICOM CT slice, or the reason (str) why the file is not one."""
-    try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=HEADER_TAGS)
-        check_is_slice(dataset)
-        return Header(
-            str(dataset.SeriesInstanceUID),
-            str(dataset.get("SOPInstanceUID", path)),
-            position_along_normal(dataset),
-            float(dataset.get("InstanceNumber") or 0),
-        )
-    except Exception as error:  # whatever a broken file raises is its reason
-        return reason(error)
+def read_slice(path, window=None, header=None):
+    """Read a DICOM, PNG or JPEG file as an 8-bit grey slice, uint8 [height, width]; raises Unusable with a reason.
 
-
-def check_is_slice(dataset):
-    """Raise Unusable unless the DICOM header is that of one CT slice with a rescale to HU."""
-    modality = dataset.get("Modality") or "missing"
-    if modality != "CT":
-        raise Unusable(f"Modality is {modality}, not CT")
-    if "SeriesInstanceUID" not in dataset:
-        raise Unusable("SeriesInstanceUID is missing")
-    if "LOCALIZER" in (dataset.get("ImageType") or []):
-        raise Unusable("a localizer, not a slice")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise Unusable("a multi-frame image, not a slice: split it into single-frame files")
-    if dataset.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
-        raise Unusable(f"PhotometricInterpretation is {dataset.PhotometricInterpretation}, not MONOCHROME2")
-    for tag in ("RescaleSlope", "RescaleIntercept"):
-        if dataset.get(tag) is None:
-            raise Unusable(f"{tag} is missing, so the values cannot be brought to HU")
-    if not (np.isfinite(float(dataset.RescaleIntercept)) and 0 < float(dataset.RescaleSlope) < np.inf):
-        raise Unusable(f"rescale {dataset.RescaleSlope} x + {dataset.RescaleIntercept} does not give HU")
-
-
-def position_along_normal(dataset):
-    """mm: ImagePositionPatient projected on the normal of ImageOrientationPatient; None where either is missing."""
-    corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
-    if not corner or not axes:
-        return None
-    axes = np.asarray(axes, float)
-    return float(np.dot(np.asarray(corner, float), np.cross(axes[:3], axes[3:])))
-
-
-def read_slice(path, window=None):
-    """Read a DICOM, PNG or JPEG file as an 8-bit grey slice, uint8 [height, width]; raises Unusable with a reason."""
+    header: read_header's, where it is at hand.
+    """
     try:
         if Path(path).suffix.lower() in IMAGE_SUFFIXES:
             if window is not None:
                 raise Unusable("--window needs HU, which a PNG or JPEG does not hold")
             with Image.open(path) as image:
                 return scale_to_uint8(grey_values(image), window)
-        dataset = pydicom.dcmread(path)
-        check_is_slice(dataset)
-        return scale_to_uint8(stored_to_hu(dataset), window)
+        header = header or read_header(path)
+        if isinstance(header, str):
+            raise Unusable(header)
+        return stored_to_uint8(read_stored(path, header.native), header, window)
     except Exception as error:
         raise Unusable(reason(error)) from error
 
@@ -188,27 +135,38 @@ def grey_values(image):
     return np.asarray(image if image.mode in ("L", "I", "F") or image.mode.startswith("I;16") else image.convert("L"))
 
 
-def stored_to_hu(dataset):
-    """Stored values of a DICOM slice -> HU, float64 [height, width].
+def stored_to_uint8(stored, header, window=None):
+    """scale_to_uint8(stored_to_hu(...)), but by a table: both depend on the stored value alone, and few values occur."""
+    if stored.dtype not in (np.int16, np.uint16):
+        return scale_to_uint8(stored_to_hu(stored, header), window)
+    low, high = int(stored.min()), int(stored.max())
+    index = stored.view(np.uint16) - np.uint16(low & 0xFFFF)  # wraps around where stored - low would overflow
+    values = np.arange(low, high + 1)
+    if is_padding(values, header).any():  # which changes the smallest or largest HU, so only values that occur may count
+        values = np.flatnonzero(np.bincount(index.ravel())) + low
+    table = np.zeros(high - low + 1, np.uint8)
+    table[values - low] = scale_to_uint8(stored_to_hu(values, header), window)
+    return table.take(index, mode="clip")
+
+
+def stored_to_hu(stored, header):
+    """Stored values of a DICOM slice, integers of any shape, and its Header -> HU, float64.
 
     Padding outside the field of view (PixelPaddingValue or its range, or stored values <= -2000) counts as air.
     The official code sets -2000 to a stored 0, which is air at the usual intercepts of -1000 and -1024; at other
     intercepts (GE head scans store HU with an intercept of 0) a stored 0 would be water, so it is -1000 HU there.
     """
-    stored = dataset.pixel_array
-    if stored.ndim != 2:
-        raise Unusable(f"pixel data has {stored.ndim} dimensions, not 2")
-    stored = stored.astype(np.int32)
-    intercept = float(dataset.RescaleIntercept)
-    hu = stored * float(dataset.RescaleSlope) + intercept
-    padding = stored <= PAINTED_PADDING
-    if dataset.get("PixelPaddingValue") is not None:
-        limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit") or dataset.PixelPaddingValue]
-        if dataset.PixelRepresentation == 1:  # some scanners write -2000 as the unsigned 63536
-            limits = [limit - 65536 if limit > 32767 else limit for limit in limits]
-        padding |= (stored >= min(limits)) & (stored <= max(limits))
-    hu[padding] = min(intercept, AIR_HU)
+    hu = stored * header.slope + header.intercept
+    hu[is_padding(stored, header)] = min(header.intercept, AIR_HU)
     return hu
+
+
+def is_padding(stored, header):
+    """Bool mask: which stored values lie outside the field of view."""
+    padding = stored <= PAINTED_PADDING
+    if header.padding:
+        padding |= (stored >= header.padding[0]) & (stored <= header.padding[1])
+    return padding
 
 
 def scale_to_uint8(values, window=None):
@@ -218,23 +176,12 @@ def scale_to_uint8(values, window=None):
     A constant slice becomes 0.
     """
     values = values.astype(np.float64)
-    if not np.isfinite(values).all():
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():  # a NaN anywhere makes both NaN
         raise Unusable("holds values that are not finite")
-    if window is None:
-        low, high = values.min(), values.max()
-    else:
+    if window is not None:
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
+        values = np.clip(values, low, high)
     if low == high:
         return np.zeros(values.shape, np.uint8)
-    return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-
-
-def reason(error):
-    """An exception as one line of words for skipped.csv."""
-    if isinstance(error, Unusable):
-        return str(error)
-    if isinstance(error, pydicom.errors.InvalidDicomError):
-        return "neither DICOM nor PNG or JPEG"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+    return np.rint((values - low) / (high - low) * 255).astype(np.uint8)

@@ -1,5 +1,7 @@
 """A contact sheet of a selection: what was kept, how much each kept slice stands for, and where along z."""
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -42,4 +44,9 @@ def draw_volume(sheet, draw, top, store, volume, representative):
 
 
 def write(draw, place, text, colour):
-    draw.text(place, text, fill=colour, font=ImageFont.load_default(13))
+    draw.text(place, text, fill=colour, font=font())
+
+
+@lru_cache
+def font():
+    return ImageFont.load_default(13)

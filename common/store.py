@@ -8,28 +8,33 @@ import csv
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import imagehash
 import numpy as np
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import ct
 from common.files import fail, whole_file
 from common.reduction import dhash
 
+BATCH, AHEAD = 16, 32  # slices decoded at a time; batches in work or waiting to be written
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
 
 
 class Store(NamedTuple):
+    path: Path  # of slices.npy
     slices: np.ndarray  # uint8 [N, size, size], memory-mapped
     hashes: np.ndarray  # uint64 [N], dHash of the full-resolution slices
     names: list[str]  # of the volumes
-    volumes: list[np.ndarray]  # the rows of each volume, in z order
+    volumes: list[np.ndarray]  # the rows of each volume, in z order, one after the other
     skipped: int  # files left out, listed in skipped.csv
 
 
@@ -42,7 +47,7 @@ def open_or_build_store(data, out, size, window, workers):
     files = ct.list_files(data)
     made_from = {
         "files": len(files),
-        "fingerprint": hashlib.sha256(repr(files).encode(errors="surrogateescape")).hexdigest(),
+        "fingerprint": fingerprint(files),
         "size": size,
         "window": window,
     }
@@ -53,57 +58,109 @@ def open_or_build_store(data, out, size, window, workers):
             what = "the files of DATA (names, sizes or times)" if "fingerprint" in changed else ", ".join(changed)
             fail(f"{out} was made from other input: {what} changed; give another OUT, or delete this one")
     else:
+        for old in out.glob("features-*.npy"):  # of a store that was deleted
+            old.unlink()
         build_store(data, out, [file for file, _, _ in files], size, window, workers)
         with whole_file(out / "store.json", text=True) as file:
             json.dump(made_from, file, indent=1)
     return read_store(out)
 
 
+def fingerprint(files):
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(repr(file).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def build_store(data, out, files, size, window, workers):
     """Decode every slice below data in parallel, in order, into slices.npy, slices.csv and skipped.csv."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(workers or cores) as pool:
+    with worker_pool(workers) as pool:
 
         def read_headers(read, paths):
-            return tqdm(pool.map(read, paths, chunksize=64), "headers", len(paths), unit="file", disable=not paths)
+            headers = chain.from_iterable(in_order(pool, partial(on_each, read), batches(paths, 64)))
+            return tqdm(headers, "headers", len(paths), unit="file", disable=not paths)
 
         volumes, skipped = ct.find_volumes(data, files, read_headers)
         places = [(v.name, position, file) for v in volumes for file, position in zip(v.files, v.positions)]
-        paths = [Path(data, file) for _, _, file in places]
-        decoded = pool.map(partial(decode, size=size, window=window), paths, chunksize=8)
-        progress = tqdm(zip(places, decoded), "slices", len(places), unit="slice", disable=not places)
-        n, n_volumes = write_slices(data, out, progress, size, skipped)
+        jobs = ((Path(data, file), header) for v in volumes for file, header in zip(v.files, v.headers))
+        decoded = in_order(pool, partial(decode, size=size, window=window), batches(jobs, BATCH))
+        with tqdm(desc="slices", total=len(places), unit="slice", disable=not places) as progress:
+            n, n_volumes = write_slices(data, out, places, decoded, progress, size, skipped)
     with whole_file(out / "skipped.csv", text=True) as file:
         csv.writer(file, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped)])
     left_out = f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped" + (f", see {out / 'skipped.csv'}" if skipped else "")
     print(f"{n} slices of {n_volumes} volumes; {left_out}")
 
 
-def decode(path, size, window):
-    """(uint8 [size, size], dhash of the full-resolution slice), or the reason (str) why there is none."""
-    try:
-        slice8 = ct.read_slice(path, window)
-        return np.asarray(Image.fromarray(slice8).resize((size, size), Image.Resampling.BILINEAR)), dhash(slice8)
-    except ct.Unusable as error:
-        return str(error)
+def worker_pool(workers):
+    """A pool of processes, as many as there are cores by default; each computes in one thread, or they would fight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(workers or cores, initializer=start_worker)
 
 
-def write_slices(data, out, decoded, size, skipped):
+def start_worker():
+    threadpool_limits(1)
+    np.empty(2**24, np.uint8)  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
+
+
+def in_order(pool, work, jobs):
+    """Yield work(job) of every job, in order, worked on in the pool; only so many at a time that memory stays bounded."""
+    jobs, running = iter(jobs), deque()
+    for job in jobs:
+        running.append(pool.submit(work, job))
+        if len(running) >= AHEAD:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def batches(items, size):
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
+
+
+def on_each(work, items):
+    return [work(item) for item in items]
+
+
+def decode(jobs, size, window):
+    """[(path, Header or None)] -> (all their pixels as bytes, [dhash at full resolution, or Unusable]).
+
+    Pixels are uint8 [size, size], resized with antialiasing, larger slices by a mean of whole pixels first (our choice).
+    """
+    pixels, found = [], []
+    for path, header in jobs:
+        try:
+            slice8 = ct.read_slice(path, window, header)
+        except ct.Unusable as error:
+            found.append(error)
+            continue
+        image, bits = Image.fromarray(slice8), dhash(slice8)
+        if not pixels and bits != str(imagehash.dhash(image)):
+            fail("dHash differs from imagehash's: install the versions in requirements.txt, Pillow's above all")
+        pixels.append(image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0).tobytes())
+        found.append(bits)
+    return b"".join(pixels), found
+
+
+def write_slices(data, out, places, decoded, progress, size, skipped):
     """Write slices.npy and slices.csv in one pass; append to skipped. Returns the numbers of slices and volumes."""
-    n, volumes = 0, set()
+    n, volumes, places = 0, set(), iter(places)
     with whole_file(out / "slices.npy") as array_file, whole_file(out / "slices.csv", text=True) as csv_file:
         write_npy_header(array_file, 0, size)
         writer = csv.writer(csv_file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for (volume, position, file), result in decoded:
-            if isinstance(result, str):
-                skipped.append((file, result))
-                continue
-            pixels, bits = result
-            array_file.write(pixels.tobytes())
-            writer.writerow([n, volume, position, file, bits])
-            volumes.add(volume)
-            n += 1
+        for pixels, found in decoded:
+            array_file.write(pixels)
+            for result, (volume, position, file) in zip(found, places):
+                if isinstance(result, ct.Unusable):
+                    skipped.append((file, str(result)))
+                    continue
+                writer.writerow([n, volume, position, file, result])
+                volumes.add(volume)
+                n += 1
+            progress.update(len(found))
         if n == 0:
             most = Counter(why for _, why in skipped).most_common(1)
             fail(f"{data}: no CT slice found" + (f"; {len(skipped)} files skipped, most: {most[0][0]}" if most else ""))
@@ -120,17 +177,23 @@ def write_npy_header(file, n, size):
 def read_store(out):
     """The Store in the folder out."""
     slices = np.load(out / "slices.npy", mmap_mode="r")
-    with open(out / "slices.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
-    if len(rows) != len(slices):
-        fail(f"{out}: slices.npy holds {len(slices)} slices, slices.csv {len(rows)}; delete {out} to build it again")
-    members = {}
-    for row, line in enumerate(rows):
-        members.setdefault(line["volume"], []).append(row)
-    with open(out / "skipped.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        skipped = sum(1 for _ in csv.DictReader(file))
-    hashes = np.array([int(line["dhash"], 16) for line in rows], np.uint64)
-    return Store(slices, hashes, list(members), [np.array(m) for m in members.values()], skipped)
+    hashes, names, starts = np.empty(len(slices), np.uint64), [], []
+    n = -1
+    for n, line in enumerate(read_lines(out / "slices.csv")):
+        if n < len(slices):
+            hashes[n] = int(line["dhash"], 16)
+            if not names or line["volume"] != names[-1]:
+                names.append(line["volume"])
+                starts.append(n)
+    if n + 1 != len(slices):
+        fail(f"{out}: slices.npy holds {len(slices)} slices, slices.csv {n + 1}; delete {out} to build it again")
+    skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
+    return Store(out / "slices.npy", slices, hashes, names, np.split(np.arange(n + 1), starts[1:]), skipped)
+
+
+def read_lines(path):
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        yield from csv.DictReader(file)
 
 
 def read_selection(path):

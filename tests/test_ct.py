@@ -1,8 +1,10 @@
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from common import ct
+from common import ct, dicom
 
 
 def load(folder):
@@ -51,10 +53,26 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     ],
 )
 def test_hu(tmp_path, write_dicom, stored, tags, hu):
-    import pydicom
-
     write_dicom(tmp_path / "a.dcm", stored, **tags)
-    assert ct.stored_to_hu(pydicom.dcmread(tmp_path / "a.dcm")).tolist() == hu
+    header = dicom.read_header(tmp_path / "a.dcm")
+    assert header.native and ct.stored_to_hu(dicom.read_stored(tmp_path / "a.dcm", header.native), header).tolist() == hu
+
+
+@pytest.mark.parametrize("bits", [12, 15, 16])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_stored_values_are_those_of_pydicom(tmp_path, write_dicom, bits, signed, syntax):
+    stored = np.random.default_rng(0).integers(-30000 if signed else 0, 30000 if signed else 60000, (7, 5))
+    write_dicom(tmp_path / "a.dcm", stored, BitsStored=bits, HighBit=bits - 1)  # anything in the unused high bits
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    if syntax == ExplicitVRBigEndian:
+        dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+    dataset["PixelData"].VR = "OW"
+    dataset.file_meta.TransferSyntaxUID = syntax
+    pydicom.dcmwrite(tmp_path / "b.dcm", dataset, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+    header = dicom.read_header(tmp_path / "b.dcm")
+    assert bool(header.native) == syntax.is_little_endian
+    assert (dicom.read_stored(tmp_path / "b.dcm", header.native) == pydicom.dcmread(tmp_path / "b.dcm").pixel_array).all()
 
 
 def test_scaling_is_min_max_rounded_or_a_window():

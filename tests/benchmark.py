@@ -1,0 +1,85 @@
+"""How fast the package is, beside the plain way to do the same. Every comparison alternates (A B A B ...) in one run.
+
+    python tests/benchmark.py reduce --dicom DIR --volumes DIR
+
+Packages that only the plain way needs go into .venv-benchmark, made on the first call; ours are shared with it.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PACKAGES = ["scikit-image==0.26.0", "opencv-python-headless==5.0.0.93"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    add = parts.add_parser("reduce", help="decoding, similarities, selection").add_argument
+    add("--dicom", type=Path, required=True, help="full-size DICOM slices, repeated to some 2,000 for the timing")
+    add("--volumes", type=Path, required=True, help="tree of DICOM series, for the similarities and selections")
+    add("--rounds", type=int, default=3, help="times that each side of a comparison runs")
+    args = parser.parse_args()
+    from tests import benchmark_reduce
+
+    print(f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n")
+    benchmark_reduce.run(args)
+
+
+def processor():
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip()
+
+
+def plain_python():
+    """The Python of .venv-benchmark, which also sees the packages of the one that runs this."""
+    folder = ROOT / ".venv-benchmark"
+    python = folder / "bin" / "python"
+    if not (folder / "done").exists():
+        venv.create(folder, with_pip=True)
+        ours = next(path for path in sys.path if path.endswith("site-packages"))
+        [theirs] = folder.glob("lib/*/site-packages")
+        (theirs / "ours.pth").write_text(ours + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        (folder / "done").touch()
+    return python
+
+
+def alternate(rounds, **sides):
+    """Call the functions in turns; {name: [seconds of each round]}."""
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values, digits=2):
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratio(of, to):
+    """Median of the ratios, round by round."""
+    return spread([a / b for a, b in zip(of, to)])
+
+
+def peak(command):
+    """(seconds, MiB of the largest process) of a command, output discarded."""
+    started = time.perf_counter()
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); " \
+           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, float(done.stdout)
+
+
+if __name__ == "__main__":
+    main()
