@@ -6,12 +6,13 @@ Reads every slice of DATA once into a slice store in OUT, then writes which slic
     python reduce.py DATA OUT --strategy ssim --keep 0.1        # to a budget: the threshold is searched and reported
     python reduce.py DATA OUT --strategy random --keep 0.1      # the baseline at that budget: OUT/random-keep-0.1.csv
 
-strategy   similar, so that one of the two goes, when          default   found by
-hash       at most T of the 64 bits of dHash differ            6         the paper's best
-ssim       structural similarity is at least T                 0.8       our choice, from contact sheets of CT
-mi         normalised mutual information is at least T         0.5       the same
-embedding  the cosine of ResNet features is at least T         0.95      the same; depends on the encoder
-every-n    every T-th slice stays                              8         our choice, near what hash keeps
+strategy   similar, so that one of the two goes, when      default T
+hash       at most T of the 64 bits of dHash differ        6       the paper's best
+ssim       structural similarity is at least T             0.7     ours: keeps about what hash-6 keeps of real CT
+mi         normalised mutual information is at least T     0.45    the same
+embedding  the cosine of ResNet features is at least T     0.997   the same, for encoders of pretrain.py; with others
+                                                                   (imagenet) use --keep and look at the picture
+every-n    (every T-th slice stays)                        8       ours
 
 DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder of
 <volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses the store.
@@ -33,7 +34,7 @@ from common.files import fail, versions, whole_file
 from common.sheet import contact_sheet
 from common.store import in_order, open_or_build_store, worker_pool
 
-DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.8, "mi": 0.5, "embedding": 0.95, "every-n": 8}  # see above
+DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}  # see above
 
 
 def main():
@@ -49,7 +50,7 @@ def main():
     kept = representative == np.arange(len(representative))
     write_selection(args.out / f"{name}.csv", representative, similar)
     with whole_file(args.out / f"{name}.png") as file:
-        contact_sheet(store, representative).save(file, "PNG")
+        contact_sheet(name, store, representative).save(file, "PNG")
     seconds = {"store": stored - started, "select": selected - stored, "write": time.perf_counter() - selected}
     write_summary(args, name, threshold, store, kept, seconds)
     by = f" by threshold {threshold}, which comes closest to {args.keep:g}" if args.keep and threshold is not None else ""
@@ -109,7 +110,9 @@ def select(args, store):
         chosen = {
             "all": lambda n, count: np.arange(n),
             "random": lambda n, count: reduction.select_random(n, count, rng),
-            "every-n": lambda n, count: reduction.select_every(n, args.threshold) if args.threshold else reduction.select_evenly(n, count),
+            "every-n": lambda n, count: (
+                reduction.select_evenly(n, count) if args.keep else reduction.select_every(n, args.threshold)
+            ),
         }[args.strategy]
         representative = join(groups, [chosen(n, count) for n, count in zip(sizes, budget)])
         return representative, reduction.hamming(store.hashes, store.hashes[representative]), args.threshold

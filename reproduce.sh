@@ -12,12 +12,15 @@ On first use it makes .venv and installs requirements.txt there (Python 3.11 or 
 it uses that Python as it is. Stopped and started again, it goes on where it was.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
-  --seeds K          pre-training runs a row (default: 2 for toy data, 1 for real data)
-  --rows "A B"       of: scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 (default: all of them)
+  --seeds K          pre-training runs a row (default: 1)
+  --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
+  --rows "A B"       of the rows below (default: all of them)
   --pretrain "..."   flags for every pretrain.py (default for real data: "--epochs 100", the rest pretrain.py's)
   --evaluate "..."   flags for every evaluate.py (default for real data: evaluate.py's, the paper's fine-tuning)
 
-EveryN and Random keep as many slices as Hash-6 does, so that the choice of slices can be told from their number.
+Rows: scratch (random weights), ALL, Hash-3, Hash-6, Hash-12, HashAll (Hash-6 over all volumes at once), SSIM, MI and
+Embedding at reduce.py's default thresholds; and as many slices as Hash-6 keeps, so that the choice of slices can be told
+from their number: EveryN, Random, SSIM-budget, MI-budget, Embedding-budget.
 
 DIR must hold ct/ and at least one of the others; a link to a folder will do:
   ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used
@@ -31,6 +34,8 @@ DIR must hold ct/ and at least one of the others; a link to a folder will do:
 Access and licences change: read them at the source before you use the data.
 TEXT
 }
+
+all_rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget Embedding-budget'
 
 main() {
   parse "$@"
@@ -47,10 +52,8 @@ main() {
     if [ "$row" = scratch ]; then evaluate_row scratch scratch; continue; fi
     encoders=()
     for ((seed = 0; seed < seeds; seed++)); do
-      select_row "$row" "$seed"
-      run=$out/runs/$row-seed-$seed
-      once "pretrain-$row-$seed" "$python" pretrain.py "$out/slices/$selection.csv" "$run" --seed "$seed" $pretrain_flags
-      encoders+=("$run/encoder.pt")
+      pretrain_row "$row" "$seed"
+      encoders+=("$out/runs/$row-seed-$seed/encoder.pt")
     done
     evaluate_row "$row" "${encoders[@]}"
   done
@@ -62,17 +65,35 @@ main() {
   echo "Written to $out/tables.md; selections to look at: $out/slices/*.png"
 }
 
+pretrain_row() {
+  select_row "$1" "$2"
+  once "pretrain-$1-$2" "$python" pretrain.py "$out/slices/$selection.csv" "$out/runs/$1-seed-$2" --seed "$2" $pretrain_flags
+}
+
 # Makes the selection of a row; leaves its name in $selection. Random draws anew for every pre-training seed.
 select_row() {
+  local flags
   case $1 in
-    ALL) selection=all ;;
-    Hash-*) selection=hash-${1#Hash-}; once "$selection" reduce --strategy hash --threshold "${1#Hash-}" ;;
-    EveryN) selection=every-n-keep-$budget; once "$selection" reduce --strategy every-n --keep "$budget" ;;
+    ALL) selection=all flags='--strategy all' ;;
+    HashAll) selection=hash-6-dataset flags='--strategy hash --threshold 6 --scope dataset' ;;
+    Hash-*) selection=hash-${1#Hash-} flags="--strategy hash --threshold ${1#Hash-}" ;;
+    EveryN) selection=every-n-keep-$budget flags="--strategy every-n --keep $budget" ;;
     Random)
-      selection=random-keep-$budget
-      if [ "$2" != 0 ]; then selection=$selection-seed-$2; fi
-      once "$selection" reduce --strategy random --keep "$budget" --seed "$2" ;;
+      selection=random-keep-$budget flags="--strategy random --keep $budget --seed $2"
+      if [ "$2" != 0 ]; then selection=$selection-seed-$2; fi ;;
+    SSIM) selection=ssim-0.7 flags='--strategy ssim --threshold 0.7' ;;
+    MI) selection=mi-0.45 flags='--strategy mi --threshold 0.45' ;;
+    Embedding) selection=embedding-0.997 flags='--strategy embedding --threshold 0.997' ;;
+    *-budget)
+      selection=${1%-budget}
+      selection=$(tr '[:upper:]' '[:lower:]' <<< "$selection")-keep-$budget
+      flags="--strategy ${selection%%-*} --keep $budget" ;;
   esac
+  if [[ $1 != Embedding* ]]; then once "$selection" reduce $flags; return; fi
+  local this=$selection encoder=$embedding
+  if [ -z "$encoder" ]; then pretrain_row ALL 0; encoder=$out/runs/ALL-seed-0/encoder.pt; fi
+  selection=$this
+  once "$selection" reduce $flags --encoder "$encoder"
 }
 
 evaluate_row() {
@@ -85,7 +106,7 @@ evaluate_row() {
   done
 }
 
-reduce() { "$python" reduce.py "$ct" "$out/slices" "$@"; }
+reduce() { "$python" reduce.py "$ct" "$out/slices" $reduce_flags "$@"; }
 
 # once KEY COMMAND...: runs the command unless it has ended well before, word for word.
 once() {
@@ -98,12 +119,12 @@ once() {
 }
 
 parse() {
-  mode=toy data='' out='' seeds='' pretrain_flags='' evaluate_flags='' rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12'
+  mode=toy data='' out='' seeds=1 embedding='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$all_rows
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage; exit ;;
       --test) mode=test; shift; continue ;;
-      --data | --out | --seeds | --rows | --pretrain | --evaluate) [ $# -gt 1 ] || stop "$1 needs a value" ;;
+      --data | --out | --seeds | --rows | --embedding | --pretrain | --evaluate) [ $# -gt 1 ] || stop "$1 needs a value" ;;
       *) stop "$1 is not an option" ;;
     esac
     case $1 in
@@ -111,18 +132,20 @@ parse() {
       --out) out=$2 ;;
       --seeds) seeds=$2 ;;
       --rows) rows=$2 ;;
+      --embedding) embedding=$2 ;;
       --pretrain) pretrain_flags=$2 ;;
       --evaluate) evaluate_flags=$2 ;;
     esac
     shift 2
   done
   for row in $rows; do
-    case $row in scratch | ALL | EveryN | Random | Hash-3 | Hash-6 | Hash-12) ;; *) stop "--rows: $row is not a row" ;; esac
+    case " $all_rows " in *" $row "*) ;; *) stop "--rows: $row is not a row" ;; esac
   done
   if [ "$mode" = real ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
   fi
+  if [ -f "$embedding" ]; then embedding=$(cd "$(dirname "$embedding")" && pwd)/$(basename "$embedding"); fi
   if [ -n "$out" ]; then mkdir -p "$out" && out=$(cd "$out" && pwd); fi
 }
 
@@ -143,14 +166,14 @@ prepare_python() {
 
 prepare_data() {
   if [ "$mode" = toy ]; then
-    out=${out:-$PWD/results/toy} seeds=${seeds:-2} tasks='toy-lesion toy-organ'
+    out=${out:-$PWD/results/toy} reduce_flags='--size 128' tasks='toy-lesion toy-organ'
     pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 6 --optimizer adamw}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 4}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return
   fi
-  out=${out:-$PWD/results/$(basename "$data")} seeds=${seeds:-1} ct=$data/ct tasks=''
+  out=${out:-$PWD/results/$(basename "$data")} ct=$data/ct tasks=''
   pretrain_flags=${pretrain_flags:---epochs 100}
   for task in covid-ct organ head-ct; do
     if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi

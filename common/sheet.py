@@ -9,7 +9,7 @@ TILE, COLUMNS, MAX_VOLUMES = 112, 10, 8  # pixels a slice, slices a volume, volu
 TITLE, LABEL, STRIP, GAP = 22, 16, 12, 14  # heights in pixels
 
 
-def contact_sheet(store, representative):
+def contact_sheet(name, store, representative):
     """Pillow image: for up to 8 volumes, up to 10 kept slices in z order, each with the number it stands for (x12),
     over a strip along z, bright where a slice was kept and dark where it was dropped."""
     picked = np.unique(np.linspace(0, len(store.volumes) - 1, MAX_VOLUMES).round().astype(int))
@@ -18,7 +18,7 @@ def contact_sheet(store, representative):
     draw = ImageDraw.Draw(sheet)
     n = len(representative)
     kept = int((representative == np.arange(n)).sum())
-    head = f"kept {kept} of {n} slices in {len(store.volumes)} volumes; xN: a kept slice stands for N; strip: z, bright = kept"
+    head = f"{name}: {kept} of {n} slices kept in {len(store.volumes)} volumes; xN: a kept slice stands for N; strip: z, bright = kept"
     write(draw, (GAP, GAP // 2), head, "white")
     for i, volume in enumerate(picked):
         draw_volume(sheet, draw, TITLE + GAP + i * height, store, volume, representative)

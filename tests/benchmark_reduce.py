@@ -113,7 +113,7 @@ def similarities(args, folder):
         for name in MEASURES:
             plain[name].append(n_plain / found[name]["seconds"])
     rows = np.linspace(0, len(store.slices) - 2, n_plain).astype(int)
-    print(f"Similarities at {store.slices.shape[1:]}, {len(store.slices)} slices of {len(store.volumes)} volumes, {PROCESSES} processes")
+    print(f"Similarities, {len(store.slices)} slices {store.slices.shape[1:]} of {len(store.volumes)} volumes, {PROCESSES} processes")
     for name, measure in MEASURES.items():
         error = max(abs(measure(store.slices[[i, i + 1]])(0, [1])[0] - v) for i, v in zip(rows, found[name]["values"]))
         print(f"  {name:4} {spread(ours[name], 0)} pairs/s; plain loop, 1 process {spread(plain[name], 0)}; "
@@ -125,7 +125,7 @@ def similarities(args, folder):
             span = (int(rows[0]), int(rows[-1]) + 1)
             mine = select_volume(store.path, name, threshold, span)[0] + span[0]
             same &= mine.tolist() == plain_way("select", store.path, name, threshold, *span)
-        print(f"  {name:4} selections of the {len(shortest)} shortest volumes at {threshold} as by the plain loop: {'yes' if same else 'NO'}")
+        print(f"  {name:4} selections of {len(shortest)} volumes at {threshold} as by the plain loop: {'yes' if same else 'NO'}")
     print()
     return {name: statistics.median(rates) for name, rates in ours.items()}
 
@@ -148,9 +148,9 @@ def whole_dataset():
     command = [sys.executable, "-c", code]
     kept, seconds = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     part = random_walks(33, 20_000)
-    brute = reduction.greedy(len(part), lambda i, others: reduction.hamming(part[i], part[others]), lambda bits: bits <= 6)[0]
+    brute, _ = reduction.greedy(len(part), lambda i, rest: reduction.hamming(part[i], part[rest]), lambda bits: bits <= 6)
     same = (reduction.select_hash(part, 6) == brute).all()
-    mib = peak([sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r})\nimport sys; sys.path.insert(0, '.')\n" + code])[1]
+    mib = peak([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code])[1]
     print(f"Whole data set, {slices} hashes (random walks of {volumes} volumes), t = 6: {float(seconds):.1f} s, {mib:.0f} MiB, "
           f"{kept} kept; as brute force on {len(part)}: {'yes' if same else 'NO'}\n")  # fmt: skip
     return float(seconds)

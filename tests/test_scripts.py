@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import ct, toy
+from common import ct, reduction, similarity, toy
 from common.encoder import load_encoder
 from common.tasks import load_task, split_of
 
@@ -80,6 +80,72 @@ def test_the_number_of_workers_changes_no_byte(made, run):
     run("reduce.py", folder / "ct", folder / "store1", "--strategy", "hash", "--size", 32, "--workers", 1)
     for name in ("slices.npy", "slices.csv", "skipped.csv", "hash-6.csv", "hash-6.png"):
         assert (folder / "store1" / name).read_bytes() == (folder / "store" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An encoder.pt with random weights."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("strategy, threshold", [("ssim", 0.9), ("mi", 0.6), ("embedding", 0.999)])
+def test_similarity_strategies_keep_the_rule(made, run, encoder, strategy, threshold):
+    folder, store = made[0], made[0] / "store"
+    flags = ["--strategy", strategy, "--size", 32] + ["--encoder", encoder] * (strategy == "embedding")
+    run("reduce.py", folder / "ct", store, *flags, "--threshold", threshold)
+    slices, volumes = np.load(store / "slices.npy"), [row["volume"] for row in table(store / "slices.csv")]
+    selection = table(store / f"{strategy}-{threshold}.csv")
+    if strategy == "embedding":
+        with torch.inference_mode():
+            network = load_encoder(encoder, "resnet18", 0).eval()
+            features = network(torch.from_numpy(slices).float().div(255).sub(0.5).div(0.5)[:, None].expand(-1, 3, -1, -1)).numpy()
+    for volume in set(volumes):
+        rows = [i for i, v in enumerate(volumes) if v == volume]
+        if strategy == "embedding":
+            measure = similarity.cosine(features[rows])
+        else:
+            measure = {"ssim": similarity.ssim, "mi": similarity.mutual_information}[strategy](slices[rows])
+        kept = [i for i, row in enumerate(rows) if selection[row]["kept"] == "1"]
+        for i, row in enumerate(rows):
+            found = measure(i, kept)
+            first = next((k for k, value in zip(kept, found) if value >= threshold and k < i), i)
+            assert int(selection[row]["representative"]) == rows[first]
+            assert float(selection[row]["similarity"]) == pytest.approx(measure(i, [first])[0], abs=1e-5)
+    assert 0 < sum(row["kept"] == "1" for row in selection) < len(slices)
+    run("reduce.py", folder / "ct", store, *flags, "--keep", 0.25)
+    summary = json.loads((store / f"{strategy}-keep-0.25.json").read_text())
+    assert abs(summary["kept"] - 0.25 * summary["slices"]) <= 1 and summary["settings"]["threshold"] < 1
+
+
+def test_hash_to_a_budget_and_over_the_data_set(made, run):
+    folder, store = made[0], made[0] / "store"
+    hashes = np.array([int(row["dhash"], 16) for row in table(store / "slices.csv")], np.uint64)
+    kept = {t: len(set(reduction.select_hash(hashes, t))) for t in range(65)}
+    run("reduce.py", folder / "ct", store, "--strategy", "hash", "--scope", "dataset", "--keep", 0.3, "--size", 32)
+    summary = json.loads((store / "hash-keep-0.3-dataset.json").read_text())
+    closest = min(kept.values(), key=lambda count: abs(count - 0.3 * len(hashes)))
+    assert summary["kept"] == kept[summary["settings"]["threshold"]] == closest
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--strategy", "ssim", "--scope", "dataset"], "--scope dataset is for"),
+        (["--strategy", "embedding"], "--encoder belong together"),
+        (["--strategy", "embedding", "--encoder", "nowhere.pt"], "no such file"),
+        (["--strategy", "embedding", "--encoder", "imagenet"], "cannot be downloaded"),
+        (["--strategy", "hash", "--threshold", 2.5], "whole number"),
+        (["--strategy", "mi", "--threshold", 0.5, "--keep", 0.1], "exclude each other"),
+        (["--strategy", "hash", "--keep", 1.5], "not a share"),
+    ],
+)
+def test_wrong_flags_of_reduce_get_one_line(made, run, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
+    done = run("reduce.py", made[0] / "ct", made[0] / "store", "--size", 32, *flags, ok=False)
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_pretrain_resumes_to_the_same_bytes(made, run, tmp_path):
@@ -201,13 +267,14 @@ def test_another_architecture_is_refused(tmp_path):
         load_encoder(tmp_path / "cut.pt", "resnet18", 0)
 
 
-def test_a_reproduction_of_two_rows(tmp_path, run):
-    command = ["reproduce.sh", "--out", tmp_path / "out", "--seeds", 1, "--rows", "ALL Hash-6"]
+def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):
+    """Embedding selects with the encoder of ALL, so that is pre-trained first."""
+    command = ["reproduce.sh", "--out", tmp_path / "out", "--rows", "Embedding"]
     command += ["--pretrain", "--arch resnet18 --size 16 --steps 3 --optimizer adamw"]
     command += ["--evaluate", "--protocol linear --arch resnet18 --size 32 --seeds 2"]
     done = run(*command, program="bash")
     text = (tmp_path / "out" / "tables.md").read_text()
-    assert text in done.stdout and "| ALL |" in text and "| Hash-6 |" in text
-    assert len(table(tmp_path / "out" / "results.csv")) == 2 * 2 * 2
+    assert text in done.stdout and "| Embedding |" in text and "pretrain-ALL-0" in done.stdout
+    assert len(table(tmp_path / "out" / "results.csv")) == 2 * 2
     again = run(*command, program="bash")
     assert "pretrain-" not in again.stdout and text in again.stdout
