@@ -2,6 +2,7 @@
 
     python pretrain.py OUT/hash-6.csv RUN --epochs 100          # RUN/encoder.pt, log.jsonl, checkpoint.pt
     python pretrain.py OUT/hash-6.csv RUN --steps 5000          # as many optimiser steps as another row had
+    torchrun --nproc-per-node 8 pretrain.py OUT/hash-6.csv RUN  # 8 GPUs; --batch-size is that of all together
 
 Called again on an unfinished RUN it goes on where it was; on a finished one it says so and does nothing.
 """
@@ -15,80 +16,93 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from common import simclr
 from common.files import fail, versions, whole_file
+from common.loader import stream
 from common.store import read_selection
 
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
+COLLAPSED = 0.005  # std of the normalised embedding
 
 
 def main():
     args = parse_args()
+    rank, world, device = join_processes(args.device)
     slices, kept = read_selection(args.selection)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
     per_epoch = math.ceil(len(kept) / args.batch_size)
     steps = args.steps or args.epochs * per_epoch
-    settings = describe(args, kept, steps)
-    saved = open_run(args.run, settings)
+    settings = describe(args, kept, steps, world)
+    saved = open_run(args.run, settings, rank)
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     model = simclr.build(args.arch).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args)
     precision = torch.bfloat16 if bf16_pays(device) else torch.float32
-    state = {"step": 0, "log": [header(settings, device, precision)], "sums": new_sums()}
+    state = {"step": 0, "log": [header(settings, device, precision)], "sums": new_sums(device)}
     if saved:
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         state = saved
-    slices = in_memory_if_small(slices, kept, device)
-    model.train()
+        state["sums"]["measured"] = state["sums"]["measured"].to(device)
+    trained = distributed(model, device) if world > 1 else model
+    trained.train()
 
-    progress = tqdm(total=steps, initial=state["step"], unit="step")
+    batches = stream(slices, kept, args.batch_size, args.seed, state["step"], device, rank, world)
+    progress = tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0)
     last_save = time.perf_counter()
     while state["step"] < steps:
-        started = time.perf_counter()
-        step = state["step"]
-        epoch, index = divmod(step, per_epoch)
-        rows = batches(len(kept), args.batch_size, args.seed, epoch)[index]
-        generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
-        batch = slices(rows)
-        views = torch.cat([simclr.augment(batch, args.size, generator) for _ in range(2)])
-
+        started, step = time.perf_counter(), state["step"]
+        batch = next(batches)
+        waited = time.perf_counter() - started
         rate = simclr.learning_rate(step, steps, min(args.warmup_epochs * per_epoch, steps // 10), args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device.type, precision, enabled=precision is torch.bfloat16):
-            embeddings = model(simclr.to_input(views))
-        loss, top1 = simclr.nt_xent(embeddings, args.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        generator = torch.Generator().manual_seed(args.seed * 2**32 + step + (rank << 56))
+        measured = train_step(trained, optimizer, rate, batch, args, generator, precision)
 
-        if not math.isfinite(loss.item()):
-            fail(f"{args.run}: the loss is {loss.item()} at step {step + 1}: start again with a lower --lr")
         state["step"] += 1
-        add_up(state["sums"], loss, top1, embeddings, len(views), time.perf_counter() - started)
-        if index + 1 == per_epoch or state["step"] == steps:
-            state["log"].append(epoch_line(state, epoch, rate))
-            state["sums"] = new_sums()
-            write_log(args.run, state["log"])
+        images, epoch_ends = 2 * len(batch) * world, state["step"] % per_epoch == 0 or state["step"] == steps
+        save_now = rank == 0 and time.perf_counter() - last_save > SAVE_EVERY
+        if epoch_ends or save_now or step % 10 == 0:  # not at every step: a GPU would stand still meanwhile
+            loss = measured[0].item()
+            if not math.isfinite(loss):
+                fail(f"{args.run}: the loss is {loss} at step {step + 1}: start again with a lower --lr")
+            progress.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{images / (time.perf_counter() - started):.0f}")
+        add_up(state["sums"], measured, images, waited, time.perf_counter() - started)
         progress.update()
-        progress.set_postfix(loss=f"{loss.item():.3f}", images_per_s=f"{len(views) / (time.perf_counter() - started):.0f}")
-        if time.perf_counter() - last_save > SAVE_EVERY:
+        if epoch_ends:
+            state["log"].append(epoch_line(state, step // per_epoch, rate))
+            state["sums"] = new_sums(device)
+            if rank == 0:
+                write_log(args.run, state["log"])
+            check_collapse(args.run, state["log"][-1])
+        if save_now:
             save(args.run / "checkpoint.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
             last_save = time.perf_counter()
 
     progress.close()
-    write_log(args.run, state["log"])
-    save(args.run / "encoder.pt", {key: value.cpu().contiguous() for key, value in model[0].state_dict().items()})
-    (args.run / "checkpoint.pt").unlink(missing_ok=True)
-    seconds = sum(line["seconds"] for line in state["log"][1:])
-    print(f"{len(kept)} slices, {steps} steps, {seconds:.0f} s, loss {state['log'][-1]['loss']:.3f} -> {args.run / 'encoder.pt'}")
+    if rank == 0:
+        finish(args.run, state, model, len(kept))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train_step(model, optimizer, rate, batch, args, generator, precision):
+    """One optimiser step on slices, uint8 [B, H, W]: tensor of loss, contrastive top-1, std of the normalised embedding."""
+    views = torch.cat([simclr.augment(batch, args.size, generator) for _ in range(2)])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(batch.device.type, precision, enabled=precision is torch.bfloat16):
+        embeddings = model(simclr.to_input(views))
+    loss, top1 = simclr.nt_xent(embeddings, args.temperature)
+    optimizer.zero_grad()
+    (loss * simclr.processes()).backward()  # gradients are averaged over processes, but each has only its views' part
+    optimizer.step()
+    std = torch.nn.functional.normalize(embeddings.detach().float(), dim=1).std(0).mean()
+    return torch.stack([loss.detach(), top1, std])
 
 
 def parse_args():
@@ -113,32 +127,53 @@ def parse_args():
     for name in ("size", "epochs", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("pretrain.py trains in one process: start it with python, not with torchrun")
     args.lr = args.lr or {"lars": 0.15, "adamw": 1e-3}[args.optimizer]
     return args
 
 
-def describe(args, kept, steps):
+def join_processes(name):
+    """(rank, number of processes, device): one process, or those that torchrun started, each with its own GPU if any."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def distributed(model, device):
+    """The model, its gradients averaged over all processes and, on GPUs, its batch norm over the global batch."""
+    if device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def describe(args, kept, steps, world):
     """What makes a run this run: its flags, and digests of the selection and of the store's table."""
-    if len(kept) < 2:
-        fail(f"{args.selection}: keeps {len(kept)} slice: contrastive learning needs at least 2")
+    if len(kept) < 2 * world:
+        fail(f"{args.selection}: keeps {len(kept)} slice{'s' * (len(kept) > 1)}: contrastive learning needs at least 2 a process")
     names = ["arch", "size", "batch_size", "optimizer", "lr", "weight_decay", "warmup_epochs", "temperature", "seed"]
     files = [args.selection, args.selection.parent / "slices.csv"]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return {name: getattr(args, name) for name in names} | {"slices": len(kept), "steps": steps, "selection": digest[:16]}
+    found = {"slices": len(kept), "steps": steps, "processes": world, "selection": digest[:16]}
+    return {name: getattr(args, name) for name in names} | found
 
 
-def open_run(run, settings):
+def open_run(run, settings, rank):
     """The saved state of an unfinished run, None for a new one; ends the script on a finished or different one."""
     if (run / "encoder.pt").exists():
         check_same(run, json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"], settings)
-        print(f"{run / 'encoder.pt'}: finished before, nothing to do")
+        if rank == 0:
+            print(f"{run / 'encoder.pt'}: finished before, nothing to do")
         sys.exit()
     if (run / "checkpoint.pt").exists():
         saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         check_same(run, saved["log"][0]["settings"], settings)
-        print(f"{run}: going on at step {saved['step']}")
+        if rank == 0:
+            print(f"{run}: going on at step {saved['step']}")
         return saved
 
 
@@ -150,7 +185,7 @@ def check_same(run, before, now):
 
 def build_optimizer(model, args):
     groups = simclr.parameter_groups(model, args.weight_decay)
-    return simclr.LARS(groups, args.lr) if args.optimizer == "lars" else torch.optim.AdamW(groups, args.lr)
+    return simclr.LARS(groups, args.lr) if args.optimizer == "lars" else torch.optim.AdamW(groups, args.lr, fused=True)
 
 
 def bf16_pays(device):
@@ -160,43 +195,43 @@ def bf16_pays(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def in_memory_if_small(slices, kept, device):
-    """A function: indices into kept -> uint8 [B, H, W] on the device; a store below 2 GB is moved there whole."""
-    if len(kept) * slices[0].nbytes < 2e9:
-        resident = torch.from_numpy(slices[kept]).to(device)
-        return lambda index: resident[torch.from_numpy(index).to(device)]
-    return lambda index: torch.from_numpy(slices[np.sort(kept[index])]).to(device)
-
-
-def batches(n, batch_size, seed, epoch):
-    """The epoch's batches of indices below n: every slice once, sizes equal but for one, none above batch_size."""
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return np.array_split(order, math.ceil(n / batch_size))
-
-
 def header(settings, device, precision):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"command": " ".join(sys.argv), "settings": settings, "device": name, "threads": torch.get_num_threads(),
             "precision": str(precision).removeprefix("torch."), "versions": versions()}  # fmt: skip
 
 
-def new_sums():
-    return {"steps": 0, "loss": 0.0, "top1": 0.0, "std": 0.0, "images": 0, "seconds": 0.0}
+def new_sums(device):
+    return {"steps": 0, "measured": torch.zeros(3, device=device), "images": 0, "waiting": 0.0, "seconds": 0.0}
 
 
-def add_up(sums, loss, top1, embeddings, images, seconds):
-    std = torch.nn.functional.normalize(embeddings.detach().float(), dim=1).std(0).mean().item()
-    values = {"steps": 1, "loss": loss.item(), "top1": top1.item(), "std": std, "images": images, "seconds": seconds}
-    for key, value in values.items():
+def add_up(sums, measured, images, waited, seconds):
+    sums["measured"] += measured
+    for key, value in {"steps": 1, "images": images, "waiting": waited, "seconds": seconds}.items():
         sums[key] += value
 
 
 def epoch_line(state, epoch, rate):
-    """Means over the epoch: loss, contrastive top-1, std of the normalised embedding (near 0: collapsed), speed."""
+    """Means over the epoch: loss, contrastive top-1, std of the normalised embedding, speed, share of time without data."""
     sums = state["sums"]
-    means = {key: round(sums[key] / sums["steps"], 5) for key in ("loss", "top1", "std")}
-    speed = {"images_per_second": round(sums["images"] / sums["seconds"], 1), "seconds": round(sums["seconds"], 3)}
+    means = {key: round(v / sums["steps"], 5) for key, v in zip(("loss", "top1", "std"), sums["measured"].tolist())}
+    speed = {"images_per_second": round(sums["images"] / sums["seconds"], 1), "seconds": round(sums["seconds"], 3),
+             "waiting": round(sums["waiting"] / sums["seconds"], 4)}  # fmt: skip
     return {"epoch": epoch + 1, "step": state["step"], **means, "lr": rate, **speed}
+
+
+def check_collapse(run, line):
+    """Stop a run whose embeddings have become one point, which no more training mends: std is near 0.09 when all is well."""
+    if line["std"] < COLLAPSED:
+        fail(f"{run}: collapsed: the embeddings' std is {line['std']} in epoch {line['epoch']}; start again with a lower --lr")
+
+
+def finish(run, state, model, kept):
+    write_log(run, state["log"])
+    save(run / "encoder.pt", {key: value.cpu().contiguous() for key, value in model[0].state_dict().items()})
+    (run / "checkpoint.pt").unlink(missing_ok=True)
+    last, seconds = state["log"][-1], sum(line["seconds"] for line in state["log"][1:])
+    print(f"{kept} slices, {state['step']} steps, {seconds:.0f} s, loss {last['loss']:.3f} -> {run / 'encoder.pt'}")
 
 
 def write_log(run, lines):

@@ -6,6 +6,7 @@ Everything random takes a generator and is drawn per sample. Knows nothing of wh
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -42,9 +43,10 @@ def augment(slices, size, generator):
     flip = draw(n, generator) < 0.5
     left, wide = torch.where(flip, left + wide, left), torch.where(flip, -wide, wide)
     sigma = torch.where(draw(n, generator) < 0.5, draw(n, generator, 0.1, 2.0) * size / 224, 0)  # SimCLR's at 224 px
+    top, tall, left, wide, sigma = torch.stack([top, tall, left, wide, sigma]).to(slices.device)
     blur = blur_matrix(sigma, size)
-    rows = (blur @ resize_matrix(top * height, tall * height, height, size)).to(slices.device)
-    columns = (blur @ resize_matrix(left * width, wide * width, width, size)).to(slices.device)
+    rows = blur @ resize_matrix(top * height, tall * height, height, size)
+    columns = blur @ resize_matrix(left * width, wide * width, width, size)
     views = rows @ (slices.float() / 255) @ columns.transpose(1, 2)
     return jitter(views, generator)
 
@@ -68,16 +70,16 @@ def resize_matrix(start, length, source, size):
     Linear interpolation, widened to average when shrinking, as Pillow's and torchvision's antialiased resizing does.
     A negative length reads backwards, which flips.
     """
-    centers = start[:, None] + length[:, None] * (torch.arange(size) + 0.5) / size
+    centers = start[:, None] + length[:, None] * (torch.arange(size, device=start.device) + 0.5) / size
     support = (length.abs() / size).clamp(min=1)
-    distance = (torch.arange(source) + 0.5 - centers[:, :, None]).abs() / support[:, None, None]
+    distance = (torch.arange(source, device=start.device) + 0.5 - centers[:, :, None]).abs() / support[:, None, None]
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(2, keepdim=True)
 
 
 def blur_matrix(sigma, size):
     """[B, size, size]: Gaussian blur along an axis, sigma in pixels, [B]; 0 leaves it as it is."""
-    index = torch.arange(size)
+    index = torch.arange(size, device=sigma.device)
     distance = (index[:, None] - index).square()
     weights = torch.exp(-distance / (2 * sigma.clamp(min=1e-3).square())[:, None, None])
     return weights / weights.sum(2, keepdim=True)
@@ -97,13 +99,28 @@ def jitter(views, generator, strength=0.4, probability=0.8):
 def nt_xent(embeddings, temperature):
     """NT-Xent (SimCLR, eq. 1) of two views: [2B, D], view 1 of all samples, then view 2 of all.
 
-    Returns (mean loss, share of views whose nearest other view is their partner).
+    Returns (mean loss, share of views whose nearest other view is their partner). With several processes both are over
+    the samples of all; the gradient that reaches this process's embeddings is the whole loss's.
     """
     z = F.normalize(embeddings.float(), dim=1)
+    if processes() > 1:
+        z = gather(z.unflatten(0, (2, -1))).flatten(0, 1)
     n = len(z)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(n, device=z.device).roll(n // 2)
     return F.cross_entropy(similarity, partner), (similarity.argmax(1) == partner).float().mean()
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(own):
+    """[2, b, D] of every process -> [2, B, D], in rank order; the own part keeps its gradient, the others are constants."""
+    parts = [torch.empty_like(own) for _ in range(processes())]
+    dist.all_gather(parts, own.detach().contiguous())
+    parts[dist.get_rank()] = own
+    return torch.cat(parts, 1)
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -130,11 +147,13 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                update = p.grad.add(p, alpha=group["weight_decay"])
-                if group["adapt"]:
-                    norm, step = p.norm(), update.norm()
-                    update *= torch.where((norm > 0) & (step > 0), group["trust"] * norm / step, 1.0)
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(update)
-                p.sub_(group["lr"] * buffer)
+            weights = group["params"]
+            updates = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
+                scales = torch.where((norms[0] > 0) & (norms[1] > 0), group["trust"] * norms[0] / norms[1], 1.0)
+                torch._foreach_mul_(updates, list(scales))
+            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(weights, buffers, alpha=-group["lr"])

@@ -1,6 +1,7 @@
 """How fast the package is, beside the plain way to do the same. Every comparison alternates (A B A B ...) in one run.
 
     python tests/benchmark.py reduce --dicom DIR --volumes DIR
+    python tests/benchmark.py pretrain --volumes DIR
 
 Packages that only the plain way needs go into .venv-benchmark, made on the first call; ours are shared with it.
 """
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import time
 import venv
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PACKAGES = ["scikit-image==0.26.0", "opencv-python-headless==5.0.0.93"]
+PACKAGES = ["scikit-image==0.26.0", "opencv-python-headless==5.0.0.93", "lightly==1.6.0"]
 
 
 def main():
@@ -26,11 +28,17 @@ def main():
     add("--dicom", type=Path, required=True, help="full-size DICOM slices, repeated to some 2,000 for the timing")
     add("--volumes", type=Path, required=True, help="tree of DICOM series, for the similarities and selections")
     add("--rounds", type=int, default=3, help="times that each side of a comparison runs")
+    add = parts.add_parser("pretrain", help="the training step, lightly's, ALL against Hash-6").add_argument
+    add("--volumes", type=Path, required=True, help="tree of DICOM series to train on")
+    add("--rounds", type=int, default=3, help="times that each side of a comparison runs")
+    add("--arch", default="resnet18")
+    add("--size", type=int, default=96)
+    add("--batch-size", type=int, default=128)
+    add("--steps", type=int, default=3, help="training steps a round")
+    add("--workers", type=int, default=2, help="loader processes of lightly")
     args = parser.parse_args()
-    from tests import benchmark_reduce
-
     print(f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n")
-    benchmark_reduce.run(args)
+    import_module(f"tests.benchmark_{args.part}").run(args)
 
 
 def processor():
