@@ -34,7 +34,7 @@ def main():
     add("--arch", default="resnet18")
     add("--size", type=int, default=96)
     add("--batch-size", type=int, default=128)
-    add("--steps", type=int, default=3, help="training steps a round")
+    add("--steps", type=int, default=4, help="training steps a round")
     add("--workers", type=int, default=2, help="loader processes of lightly")
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n")

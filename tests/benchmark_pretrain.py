@@ -42,28 +42,25 @@ def against_the_bare_step(args, store):
     constant = simclr.to_input(torch.rand(2 * args.batch_size, args.size, args.size, device=device))
 
     def ours():
-        for _ in range(args.steps):
-            batch, generator = next(batches), torch.Generator().manual_seed(0)
-            pretrain.train_step(model, optimizer, 1e-3, batch, settings, generator, precision)
-            views.append(2 * len(batch))
+        batch, generator = next(batches), torch.Generator().manual_seed(0)
+        pretrain.train_step(model, optimizer, 1e-3, batch, settings, generator, precision)
+        views.append(2 * len(batch))
         wait(device)
 
     def bare():
-        for _ in range(args.steps):
-            with torch.autocast(device.type, precision, enabled=precision is torch.bfloat16):
-                loss = model(constant).float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        with torch.autocast(device.type, precision, enabled=precision is torch.bfloat16):
+            loss = model(constant).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         wait(device)
 
     views = []
-    ours(), bare()
+    ours(), bare()  # the first step of each does not count
     views.clear()
-    seconds = alternate(args.rounds, ours=ours, bare=bare)
-    per_step = sum(views) / len(views)
-    rates = {"ours": [per_step * args.steps / s for s in seconds["ours"]],
-             "bare": [2 * args.batch_size * args.steps / s for s in seconds["bare"]]}  # fmt: skip
+    seconds = alternate(args.rounds * args.steps, ours=ours, bare=bare)
+    rates = {"ours": [n / s for n, s in zip(views, seconds["ours"])],
+             "bare": [2 * args.batch_size / s for s in seconds["bare"]]}  # fmt: skip
     print(f"Training step, {args.arch}, {args.size} px, batch {args.batch_size} in two views, {device}, {precision}")
     print(f"  ours {spread(rates['ours'], 1)} views/s; bare forward, backward, optimiser {spread(rates['bare'], 1)}; "
           f"ratio {ratio(rates['ours'], rates['bare'])}\n")  # fmt: skip
@@ -103,7 +100,8 @@ def our_rate(args, store, run_folder):
     code = (
         "import sys, time, pretrain\n"
         "times, real = [], pretrain.add_up\n"
-        "def add_up(sums, measured, images, waited, seconds): times.append((images, seconds)); real(sums, measured, images, waited, seconds)\n"
+        "def add_up(sums, measured, images, waited, seconds):\n"
+        "    times.append((images, seconds)); real(sums, measured, images, waited, seconds)\n"
         "pretrain.add_up = add_up; pretrain.main()\n"
         "print(sum(i for i, _ in times[1:]) / sum(s for _, s in times[1:]))"
     )

@@ -2,7 +2,8 @@
 
     python tests/lightly_way.py FOLDER ARCH SIZE BATCH WORKERS STEPS [FAST]
 
-FOLDER: PNG slices. Prints views per second after a first step. FAST: with pretrain.py's precision and channels_last.
+FOLDER: PNG slices. Prints views per second over STEPS steps, after those whose batches its loader had ready at the start.
+FAST: with pretrain.py's precision and channels_last.
 """
 
 import sys
@@ -32,10 +33,11 @@ dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=size))
 loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
 criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
 
+ready = 1 + 2 * workers  # each process reads two batches ahead
 step, started = 0, 0.0
-while step <= steps:
+while step < ready + steps:
     for (x0, x1), *_ in loader:
-        if step == 1:
+        if step == ready:
             started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=fast):
             z0, z1 = model(x0.to(device)), model(x1.to(device))
@@ -45,6 +47,6 @@ while step <= steps:
         optimizer.zero_grad()
         loss.item()
         step += 1
-        if step > steps:
+        if step == ready + steps:
             break
 print(2 * batch * steps / (time.perf_counter() - started))
