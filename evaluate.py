@@ -25,10 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from common import auc, simclr
-from common.encoder import encoder_hash, load_encoder
-from common.files import fail, whole_file
-from common.tables import COLUMNS, read_results, scores_file, tables
-from common.tasks import load_task, split_of
+from common.encoder import encoder_hash, input_statistics, load_encoder
+from common.files import fail, only_one, run_script, whole_file
+from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
+from common.tasks import DUPLICATE_BITS, leaks, load_task, split_of
 
 TASKS = ["covid-ct", "organ", "head-ct", "toy-lesion", "toy-organ"]
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
@@ -38,9 +38,16 @@ def main():
     if sys.argv[1:2] == ["tables"]:
         return print_tables(sys.argv[2:])
     args = parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
     task = load_task(args.task, args.data, args.size)
-    settings = describe(args, task)
+    with only_one(scores_folder(args.results)):
+        evaluate(args, task)
+
+
+def evaluate(args, task):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+    settings, split = describe(args, task), split_of(task, 0)
+    print(f"{args.task}: {len(leaks(task, split))} of {len(split['test'])} test images have a near-duplicate (dHash within "
+          f"{DUPLICATE_BITS} bits) among the training images")  # fmt: skip
     features = {}
     for seed in range(args.seeds):
         source = args.encoder[seed % len(args.encoder)]
@@ -54,7 +61,8 @@ def main():
         if args.protocol == "linear":
             key = seed if source == "scratch" else source
             if key not in features:
-                features[key] = extract(load_encoder(source, args.arch, seed), task, device, f"{args.name} features")
+                label = f"{args.name} features"
+                features[key] = extract(load_encoder(source, args.arch, seed), task, device, input_statistics(source), label)
             probabilities = linear(features[key], task.labels, split, seed)
         else:
             probabilities = finetune(load_encoder(source, args.arch, seed), task, split, seed, args, device)
@@ -123,11 +131,11 @@ def linear(features, labels, split, seed):
 
 
 @torch.inference_mode()
-def extract(encoder, task, device, label):
+def extract(encoder, task, device, statistics, label):
     """Global-average-pooled features of all images, float [N, width]."""
     encoder = encoder.to(device, memory_format=torch.channels_last).eval()
     batches = torch.arange(len(task.images)).split(256)
-    found = [encoder(network_input(task, rows, device, simclr.MEAN, simclr.STD)).cpu() for rows in tqdm(batches, label)]
+    found = [encoder(network_input(task, rows, device, *statistics)).cpu() for rows in tqdm(batches, label)]
     return torch.cat(found).numpy()
 
 
@@ -216,4 +224,4 @@ def print_tables(arguments):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

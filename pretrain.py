@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import simclr
-from common.files import fail, versions, whole_file
+from common.files import fail, only_one, run_script, versions, whole_file
 from common.loader import stream
 from common.store import read_selection
 
@@ -33,11 +34,17 @@ def main():
     args = parse_args()
     rank, world, device = join_processes(args.device)
     slices, kept = read_selection(args.selection)
-    per_epoch = math.ceil(len(kept) / args.batch_size)
-    steps = args.steps or args.epochs * per_epoch
+    steps = args.steps or args.epochs * math.ceil(len(kept) / args.batch_size)
     settings = describe(args, kept, steps, world)
-    saved = open_run(args.run, settings, rank)
+    with only_one(args.run) if rank == 0 else nullcontext():
+        saved = open_run(args.run, settings, rank)
+        train(args, slices, kept, steps, settings, saved, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
 
+
+def train(args, slices, kept, steps, settings, saved, rank, world, device):
+    per_epoch = math.ceil(len(kept) / args.batch_size)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     model = simclr.build(args.arch).to(device, memory_format=torch.channels_last)
@@ -86,8 +93,6 @@ def main():
     progress.close()
     if rank == 0:
         finish(args.run, state, model, len(kept))
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def train_step(model, optimizer, rate, batch, args, generator, precision):
@@ -167,6 +172,7 @@ def open_run(run, settings, rank):
     if (run / "encoder.pt").exists():
         check_same(run, json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"], settings)
         if rank == 0:
+            (run / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed in its last moment
             print(f"{run / 'encoder.pt'}: finished before, nothing to do")
         sys.exit()
     if (run / "checkpoint.pt").exists():
@@ -245,4 +251,4 @@ def save(path, state):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,15 +30,21 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import reduction, similarity
-from common.files import fail, versions, whole_file
+from common.files import fail, only_one, run_script, versions, whole_file
 from common.sheet import contact_sheet
-from common.store import in_order, open_or_build_store, worker_pool
+from common.store import check_folders, in_order, open_or_build_store, worker_pool
 
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}  # see above
 
 
 def main():
     args = parse_args()
+    check_folders(args.data, args.out)
+    with only_one(args.out):
+        reduce(args)
+
+
+def reduce(args):
     started = time.perf_counter()
     store = open_or_build_store(args.data, args.out, args.size, args.window, args.workers)
     stored = time.perf_counter()
@@ -239,4 +245,4 @@ def write_summary(args, name, threshold, store, kept, seconds):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,7 +20,8 @@ it uses that Python as it is. Stopped and started again, it goes on where it was
 
 Rows: scratch (random weights), ALL, Hash-3, Hash-6, Hash-12, HashAll (Hash-6 over all volumes at once), SSIM, MI and
 Embedding at reduce.py's default thresholds; and as many slices as Hash-6 keeps, so that the choice of slices can be told
-from their number: EveryN, Random, SSIM-budget, MI-budget, Embedding-budget.
+from their number: EveryN, Random, SSIM-budget, MI-budget, Embedding-budget. Any row but scratch with -steps after its name
+is trained as many optimiser steps as ALL instead of as many epochs; of these, Hash-6-steps and Random-steps are default.
 
 DIR must hold ct/ and at least one of the others; a link to a folder will do:
   ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used
@@ -35,7 +36,7 @@ Access and licences change: read them at the source before you use the data.
 TEXT
 }
 
-all_rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget Embedding-budget'
+all_rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget Embedding-budget Hash-6-steps Random-steps'
 
 main() {
   parse "$@"
@@ -66,9 +67,16 @@ main() {
 }
 
 pretrain_row() {
-  select_row "$1" "$2"
-  once "pretrain-$1-$2" "$python" pretrain.py "$out/slices/$selection.csv" "$out/runs/$1-seed-$2" --seed "$2" $pretrain_flags
+  local flags=$pretrain_flags
+  if [[ $1 == *-steps ]]; then # as many steps as ALL made
+    pretrain_row ALL 0
+    flags="$(sed -E 's/--(epochs|steps) +[0-9]+//' <<< "$flags") --steps $(steps_of ALL)"
+  fi
+  select_row "${1%-steps}" "$2"
+  once "pretrain-$1-$2" "$python" pretrain.py "$out/slices/$selection.csv" "$out/runs/$1-seed-$2" --seed "$2" $flags
 }
+
+steps_of() { sed -nE '1s/.*"steps": ([0-9]+).*/\1/p' "$out/runs/$1-seed-0/log.jsonl"; }
 
 # Makes the selection of a row; leaves its name in $selection. Random draws anew for every pre-training seed.
 select_row() {
@@ -139,7 +147,7 @@ parse() {
     shift 2
   done
   for row in $rows; do
-    case " $all_rows " in *" $row "*) ;; *) stop "--rows: $row is not a row" ;; esac
+    case " $all_rows " in *" $row "* | *" ${row%-steps} "*) ;; *) stop "--rows: $row is not a row" ;; esac
   done
   if [ "$mode" = real ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
@@ -167,7 +175,7 @@ prepare_python() {
 prepare_data() {
   if [ "$mode" = toy ]; then
     out=${out:-$PWD/results/toy} reduce_flags='--size 128' tasks='toy-lesion toy-organ'
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 6 --optimizer adamw}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 4 --optimizer adamw}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 4}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"

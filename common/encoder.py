@@ -1,7 +1,6 @@
 """Encoders: ours, ImageNet's, or random weights; and the features they give."""
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,24 @@ from torch import nn
 from tqdm import tqdm
 
 from common.files import fail, whole_file
-from common.simclr import to_input
+from common.simclr import MEAN, STD, to_input
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # torchvision's, for its weights
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+LAYOUTS = ["", "model.", "encoder_q.", "online_network.encoder.", "module."]  # ours and SparK's; SwAV, MoCo, BYOL (official code)
+STAGES = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of torchvision's input for its weights
+
+
+def input_statistics(source):
+    """(mean, std) of the input that an encoder was trained on."""
+    return IMAGENET_STATISTICS if source == "imagenet" else (MEAN, STD)
 
 
 def load_encoder(source, arch, seed):
     """A torchvision ResNet whose fc is the identity.
 
-    source: a path to a state_dict without fc (pretrain.py's encoder.pt), "scratch" (random weights from the seed) or
-    "imagenet" (torchvision's IMAGENET1K_V1, downloaded the torchvision way). Nothing that could run code is unpickled,
-    and exactly the classifier's weights may be missing.
+    source: a path to weights (read_weights says which), "scratch" (random weights from the seed) or "imagenet"
+    (torchvision's IMAGENET1K_V1, downloaded the torchvision way). Nothing that could run code is unpickled; every weight
+    of the encoder must be there, and of the file's others none may look like one.
     """
     torch.manual_seed(seed)
     if source == "imagenet":
@@ -30,30 +35,40 @@ def load_encoder(source, arch, seed):
             network = torchvision.models.get_model(arch, weights="IMAGENET1K_V1")
         except OSError as error:
             fail(f"ImageNet weights of {arch} cannot be downloaded ({error}): put torchvision's file into "
-                 f"{torch.hub.get_dir()}/checkpoints")  # fmt: skip
+                 f"{torch.hub.get_dir()}/checkpoints, or give an encoder.pt")  # fmt: skip
     else:
         network = torchvision.models.get_model(arch, weights=None)
-    if source not in ("imagenet", "scratch"):
-        try:
-            missing, unexpected = network.load_state_dict(read_weights(source), strict=False)
-        except RuntimeError:  # shapes that do not fit
-            missing, unexpected = ["conv1.weight"], []
-        if set(missing) != {"fc.weight", "fc.bias"} or unexpected:
-            fail(f"{source}: does not hold exactly the weights of a {arch} without fc: is it another --arch?")
     network.fc = nn.Identity()
+    if source not in ("imagenet", "scratch"):
+        weights, own = read_weights(source), network.state_dict()
+        # batch norm's counters are missing in old files and change nothing
+        missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+        foreign = [key for key in weights if key not in own and key.split(".")[0] in STAGES]
+        unlike = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+        if missing or foreign or unlike:
+            fail(f"{source}: does not hold the weights of a {arch}: {(missing + foreign + unlike)[0]} is "
+                 f"{'missing' if missing else 'too much' if foreign else 'of another shape'}: is it another --arch?")  # fmt: skip
+        network.load_state_dict({key: value for key, value in weights.items() if key in own}, strict=False)
     return network
 
 
 def read_weights(path):
+    """{name as in torchvision's ResNet: tensor} of an encoder.pt, or of a checkpoint of the authors' (LAYOUTS)."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        fail(f"{path}: not a file of PyTorch weights, or damaged")
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        fail(f"{path}: not a plain state_dict of tensors")
-    return weights
+    except Exception:  # whatever a damaged file makes torch raise
+        fail(f"{path}: not a file of PyTorch weights, or damaged, or one that would have to run code to be read")
+    for key in ("state_dict", "module"):  # Lightning's checkpoints, SparK's
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        fail(f"{path}: not a state_dict of tensors")
+    for prefix in LAYOUTS:
+        if f"{prefix}conv1.weight" in found:
+            return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {', '.join(filter(None, LAYOUTS))}")
 
 
 def encoder_hash(source):
@@ -82,15 +97,10 @@ def embed(source, slices, folder):
     with whole_file(path) as file, tqdm(desc="features", total=len(slices), unit="slice") as bar:
         for start in range(0, len(slices), 64):
             grey = torch.from_numpy(slices[start : start + 64].copy()).to(device).float() / 255
-            inputs = to_input(grey) if source != "imagenet" else imagenet_input(grey)
-            features = network(inputs).cpu().numpy()
+            features = network(to_input(grey, *input_statistics(source))).cpu().numpy()
             if start == 0:
                 shape = (len(slices), features.shape[1])
                 np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             file.write(features.tobytes())
             bar.update(len(features))
     return path
-
-
-def imagenet_input(grey):
-    return (to_input(grey, 0, 1) - IMAGENET_MEAN.to(grey.device)) / IMAGENET_STD.to(grey.device)

@@ -1,5 +1,6 @@
-"""Output files that are either whole or absent, and errors that are one line."""
+"""Output files that are either whole or absent, one run at a time in a folder, and errors that are one line."""
 
+import fcntl
 import os
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -9,6 +10,33 @@ from pathlib import Path
 def fail(message):
     """Stop the script with one line on stderr and exit status 1."""
     raise SystemExit(f"error: {message}")
+
+
+def run_script(main):
+    """Run a script's main(); Ctrl-C ends it with one line, since everything finished is on disk."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: start it again with the same command and it goes on") from None
+
+
+@contextmanager
+def only_one(folder):
+    """Stop with one line if another run works in folder; a killed run leaves no lock behind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        fail(f"{folder}: {error.strerror}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{folder}: another run is at work there: wait for it, or give another folder")
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 @contextmanager

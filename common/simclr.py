@@ -27,8 +27,12 @@ def build(arch, dimensions=128):
 
 
 def to_input(grey, mean=MEAN, std=STD):
-    """Grey values in 0..1, float [B, size, size] -> network input, float [B, 3, size, size], channels last."""
-    return ((grey - mean) / std).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    """Grey values in 0..1, float [B, size, size] -> network input, float [B, 3, size, size], channels last.
+
+    mean, std: numbers, or one for each of the three channels.
+    """
+    mean, std = (torch.as_tensor(value, device=grey.device).view(-1, 1, 1) for value in (mean, std))
+    return ((grey.unsqueeze(1) - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def augment(slices, size, generator):

@@ -8,6 +8,8 @@ import csv
 import hashlib
 import json
 import os
+import signal
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -38,12 +40,15 @@ class Store(NamedTuple):
     skipped: int  # files left out, listed in skipped.csv
 
 
-def open_or_build_store(data, out, size, window, workers):
-    """The Store in out; decodes data only if out holds none yet, refuses a store of other data or settings."""
+def check_folders(data, out):
     if not data.is_dir():
         fail(f"{data}: no such folder: DATA must be a folder that holds CT slices")
     if data.resolve() == out.resolve() or data.resolve() in out.resolve().parents:
         fail(f"{out} lies inside {data}: choose an OUT elsewhere, or its pictures would count as slices")
+
+
+def open_or_build_store(data, out, size, window, workers):
+    """The Store in out; decodes data only if out holds none yet, refuses a store of other data or settings."""
     files = ct.list_files(data)
     made_from = {
         "files": len(files),
@@ -62,8 +67,33 @@ def open_or_build_store(data, out, size, window, workers):
             old.unlink()
         build_store(data, out, [file for file, _, _ in files], size, window, workers)
         with whole_file(out / "store.json", text=True) as file:
-            json.dump(made_from, file, indent=1)
+            json.dump(made_from | {"crc32": checksums(out)}, file, indent=1)
     return read_store(out)
+
+
+def checksums(out):
+    """CRC-32 of the files that make a store, so that a flipped byte or a lost end is noticed."""
+    found = {}
+    for name in ("slices.npy", "slices.csv"):
+        with open(out / name, "rb") as file:
+            crc = 0
+            while piece := file.read(1 << 24):
+                crc = zlib.crc32(piece, crc)
+        found[name] = crc
+    return found
+
+
+def check_store(out):
+    """Stop with one line if the store in out is not as reduce.py wrote it; a hand-made one, without store.json, passes."""
+    if not (out / "store.json").exists():
+        return
+    try:
+        expected, found = json.loads((out / "store.json").read_text())["crc32"], checksums(out)
+    except (OSError, ValueError, KeyError):
+        fail(f"{out}: holds no whole slice store: delete it and run reduce.py again")
+    damaged = [name for name in expected if found.get(name) != expected[name]]
+    if damaged:
+        fail(f"{out / damaged[0]}: damaged: it is not what reduce.py wrote; delete {out} and run reduce.py again")
 
 
 def fingerprint(files):
@@ -100,6 +130,7 @@ def worker_pool(workers):
 
 
 def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     threadpool_limits(1)
     np.empty(2**24, np.uint8)  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
 
@@ -176,6 +207,7 @@ def write_npy_header(file, n, size):
 
 def read_store(out):
     """The Store in the folder out."""
+    check_store(out)
     slices = np.load(out / "slices.npy", mmap_mode="r")
     hashes, names, starts = np.empty(len(slices), np.uint64), [], []
     n = -1
@@ -203,6 +235,7 @@ def read_selection(path):
         fail(f"{path}: no such selection: make one with reduce.py")
     if not (path.parent / "slices.npy").is_file():
         fail(f"{path}: no slices.npy beside it: a selection belongs in the folder where reduce.py wrote it")
+    check_store(path.parent)
     slices = np.load(path.parent / "slices.npy", mmap_mode="r")
     try:
         with open(path, newline="") as file:

@@ -11,6 +11,7 @@ from common.files import fail
 COLUMNS = ["task", "name", "encoder", "protocol", "seed", "train", "val", "test", "auc", "f1", "accuracy", "seconds",
            "slices", "steps", "pretrain_seconds", "settings"]  # fmt: skip
 BASELINE = "all"  # every row is compared to the row of this name, in any case
+BUDGET = "Hash-6"  # rows that kept as many slices as this one make a table of their own
 
 ABSTRACT = [("COVID-CT", "0.78", "0.83"), ("OrganSMNIST", "0.97", "0.98"), ("brain haemorrhage", "0.73", "0.83")]
 DRAFT_TASKS = {"covid-ct": 0, "head-ct": 2}  # first column of a task in DRAFT; head-ct stands in for the brain data
@@ -40,8 +41,12 @@ def read_results(path):
 
 def scores_file(results, row):
     """Where the test scores of a line lie: results-scores/TASK-NAME-PROTOCOL-SEED.npz beside results.csv."""
+    return scores_folder(results) / "{task}-{name}-{protocol}-{seed}.npz".format(**row)
+
+
+def scores_folder(results):
     results = Path(results)
-    return results.with_name(f"{results.stem}-scores") / "{task}-{name}-{protocol}-{seed}.npz".format(**row)
+    return results.with_name(f"{results.stem}-scores")
 
 
 def tables(results):
@@ -54,16 +59,18 @@ def tables(results):
 
 
 def protocol_tables(results, rows, protocol):
-    """The tables of one protocol: AUC with cost, difference to ALL, F1 and accuracy, every seed, settings."""
+    """The tables of one protocol: AUC with cost; the same at an equal budget and at equal steps; difference to ALL; F1 and
+    accuracy; every seed; settings."""
     rows = [row for row in rows if row["protocol"] == protocol]
     tasks, names = unique(row["task"] for row in rows), unique(row["name"] for row in rows)
     cells = {(n, t): [row for row in rows if row["name"] == n and row["task"] == t] for n in names for t in tasks}
     draws = {key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()}
     base = next((name for name in names if name.lower() == BASELINE), None)
-    main, paired, others, seeds = [], [], [], []
+    costs = {name: cost(rows, name, base) for name in names}
+    main, paired, others, seeds = {}, [], [], []
     for name in names:
         own = {task: draws[name, task] for task in tasks}
-        main.append([name, *cost(rows, name, base), *(cell for t in tasks for cell in auc_cells(name, t, cells, own[t]))])
+        main[name] = [name, *costs[name], *(cell for t in tasks for cell in auc_cells(name, t, cells, own[t]))]
         others.append([name, *(f1_cell(cells[name, t]) for t in tasks)])
         seeds.append([name, *(" ".join(f"{float(row['auc']):.3f}" for row in cells[name, t]) for t in tasks)])
         if base and name != base:
@@ -72,13 +79,19 @@ def protocol_tables(results, rows, protocol):
     for task in tasks:
         images = "/".join(unique(row["test"] for row in rows if row["task"] == task))
         head += [f"{task} (n={images})"] + ["draft of the paper: PET-CT / LIDC"] * (task in DRAFT_TASKS)
-    text = [f"## {protocol}: AUC on the test images, mean over seeds ± SD, [95 % interval]", markdown(head, main)]
+    text = [f"## {protocol}: AUC on the test images, mean over seeds ± SD, [95 % interval]", markdown(head, main.values())]
+    for title, column, like in [("slices", 0, BUDGET), ("optimiser steps", 1, base)]:
+        equal = [main[name] for name in names if like in costs and costs[name][column] == costs[like][column] != "-"]
+        if len(equal) > 1:
+            text += [f"### The same, of rows with as many {title} as {like}: {costs[like][column]}", markdown(head, equal)]
     if paired:
         text += [f"### Difference to {base}, paired by image, [95 % interval], p", markdown(["row", *tasks], paired)]
+        text += [resolution(task, names, base, draws, cells) for task in tasks]
     text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
     text += ["### AUC of every seed", markdown(["row", *tasks], seeds)]
-    text += [f"Intervals and p: bootstrap over test images ({auc.DRAWS} stratified draws, AUC averaged over seeds); the "
-             "spread over seeds is the SD, not part of the interval; p is not corrected for the number of comparisons. "
+    text += [f"Intervals and p: percentile bootstrap (Efron and Tibshirani 1993) over test images ({auc.DRAWS} draws, stratified by "
+             "class, the same images for both rows, AUC averaged over seeds); the spread over seeds is the SD, not part of "
+             "the interval; p is not corrected for the number of comparisons. "
              "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
              "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
     return "\n\n".join(text)
@@ -127,14 +140,28 @@ def f1_cell(cell):
 
 
 def difference_cell(own, base):
-    """Mean paired difference over the seeds that both rows have."""
-    shared = [seed for seed in own if seed in base]
-    if not shared:
+    """Mean paired difference over the seeds that both rows have; marked where its interval holds 0."""
+    differences = paired_draws(own, base)
+    if differences is None:
         return "-"
-    differences = np.mean([own[seed] - base[seed] for seed in shared], axis=0)
     low, high = auc.interval(differences)
     p = auc.p_value(differences)
-    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p{'<0.001' if p < 0.001 else f'={p:.3f}'}"
+    mark = " (may be chance)" if low <= 0 <= high else ""
+    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p{'<0.001' if p < 0.001 else f'={p:.3f}'}{mark}"
+
+
+def paired_draws(own, base):
+    shared = [seed for seed in own if seed in base]
+    return np.mean([own[seed] - base[seed] for seed in shared], axis=0) if shared else None
+
+
+def resolution(task, names, base, draws, cells):
+    """What the number of test images can tell, in words: half the typical width of the intervals of the differences."""
+    found = [paired_draws(draws[name, task], draws[base, task]) for name in names if name != base]
+    widths = [np.diff(auc.interval(differences))[0] / 2 for differences in found if differences is not None]
+    images = "/".join(unique(row["test"] for row in cells[base, task]))
+    return (f"{task}: on {images} test images, two rows whose AUC differs by less than about "
+            f"{np.median(widths):.3f} cannot be told apart; \"may be chance\" marks them.") if widths else ""  # fmt: skip
 
 
 def spread(values):

@@ -123,6 +123,13 @@ def duplicate_groups(hashes):
     return groups
 
 
+def leaks(task, split):
+    """Rows of the test split that have a near-duplicate (dHash within DUPLICATE_BITS) in the training split."""
+    hashes = np.array([int(dhash(image), 16) for image in task.images], np.uint64)
+    train = np.unique(hashes[split["train"]])
+    return [row for row in split["test"] if (hamming(train, hashes[row]) <= DUPLICATE_BITS).any()]
+
+
 def checked(task, source):
     """The task, after making sure that each split holds at least two images of every class."""
     for part, rows in split_of(task, 0).items():

@@ -2,6 +2,12 @@
 
 import csv
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -11,8 +17,10 @@ from PIL import Image
 
 from common import ct, reduction, similarity, toy
 from common.encoder import load_encoder
+from common.files import only_one
 from common.tasks import load_task, split_of
 
+ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "resnet18", "--size", 16, "--batch-size", 16, "--optimizer", "adamw"]
 
 
@@ -141,11 +149,10 @@ def test_hash_to_a_budget_and_over_the_data_set(made, run):
         (["--strategy", "hash", "--keep", 1.5], "not a share"),
     ],
 )
-def test_wrong_flags_of_reduce_get_one_line(made, run, tmp_path, monkeypatch, flags, words):
+def test_wrong_flags_of_reduce_get_one_line(made, stopped, tmp_path, monkeypatch, flags, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
-    done = run("reduce.py", made[0] / "ct", made[0] / "store", "--size", 32, *flags, ok=False)
-    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert words in stopped("reduce.py", made[0] / "ct", made[0] / "store", "--size", 32, *flags)
 
 
 def test_pretrain_resumes_to_the_same_bytes(made, run, tmp_path):
@@ -239,32 +246,46 @@ def test_the_covid_and_head_ct_folders(tmp_path):
         (["reduce.py", "{t}/none", "{t}/o", "--strategy", "all"], "no such folder"),
         (["reduce.py", "{t}", "{t}/o", "--strategy", "all"], "lies inside"),
         (["reduce.py", "{t}/empty", "{t}/o", "--strategy", "all"], "no CT slice"),
-        (["reduce.py", "{t}/empty", "{t}/o", "--strategy", "hash", "--keep", "1.5"], "not a share"),
         (["pretrain.py", "{t}/none.csv", "{t}/r"], "no such selection"),
         (["evaluate.py", "toy-organ", "{t}/none", "--encoder", "scratch", "--results", "{t}/r.csv"], "no such file"),
         (["evaluate.py", "toy-organ", "{t}/empty", "--encoder", "scratch", "--results", "{t}/r.csv"], "one is needed"),
         (["evaluate.py", "tables", "{t}/none.csv"], "no such file"),
     ],
 )
-def test_bad_input_gets_one_line(tmp_path, run, command, words):
+def test_bad_input_gets_one_line(tmp_path, stopped, command, words):
     (tmp_path / "empty").mkdir()
-    done = run(*(part.format(t=tmp_path) for part in command), ok=False)
-    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert words in stopped(*(part.format(t=tmp_path) for part in command))
 
 
-def test_another_architecture_is_refused(tmp_path):
-    from common import simclr
+def test_an_error_is_one_line_and_no_traceback(tmp_path, run):
+    done = run("pretrain.py", tmp_path / "none.csv", tmp_path / "r", ok=False)
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
-    torch.save(simclr.build("resnet18")[0].state_dict(), tmp_path / "encoder.pt")
-    for arch, words in (("resnet50", "does not hold exactly"), ("resnet18", None)):
-        if words:
-            with pytest.raises(SystemExit, match=words):
-                load_encoder(tmp_path / "encoder.pt", arch, 0)
-        else:
-            load_encoder(tmp_path / "encoder.pt", arch, 0)
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "encoder.pt").read_bytes()[:10_000])
-    with pytest.raises(SystemExit, match="damaged"):
-        load_encoder(tmp_path / "cut.pt", "resnet18", 0)
+
+def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
+    shutil.copytree(made[0] / "store", tmp_path / "store")
+    whole = (tmp_path / "store" / "slices.npy").read_bytes()
+    for harm in (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], whole[:-1], b""):
+        (tmp_path / "store" / "slices.npy").write_bytes(harm)
+        assert "damaged" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
+        assert "damaged" in stopped("reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32)
+
+
+def test_a_second_run_in_the_same_folder_stops(made, stopped):
+    with only_one(made[0] / "store"):
+        assert "another run" in stopped("reduce.py", made[0] / "ct", made[0] / "store", "--strategy", "hash", "--size", 32)
+    assert not (made[0] / "store" / ".lock").exists()
+
+
+def test_ctrl_c_ends_with_one_line(made, tmp_path):
+    command = [sys.executable, "pretrain.py", made[0] / "store" / "hash-6.csv", tmp_path / "run", "--epochs", 9999, *TINY]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and stderr.splitlines()[-1].startswith("stopped:") and "Traceback" not in stderr
+    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):
