@@ -56,7 +56,7 @@ def reduce(args):
     kept = representative == np.arange(len(representative))
     write_selection(args.out / f"{name}.csv", representative, similar)
     with whole_file(args.out / f"{name}.png") as file:
-        contact_sheet(name, store, representative).save(file, "PNG")
+        contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
     seconds = {"store": stored - started, "select": selected - stored, "write": time.perf_counter() - selected}
     write_summary(args, name, threshold, store, kept, seconds)
     by = f" by threshold {threshold}, which comes closest to {args.keep:g}" if args.keep and threshold is not None else ""

@@ -45,6 +45,7 @@ def read_header(path):
         with open(path, "rb") as file:
             dataset = pydicom.dcmread(file, stop_before_pixels=True)
             check_is_slice(dataset)
+            native = native_pixels(dataset, file)  # first: padding_range converts an element that it reads raw
             return Header(
                 text(dataset, "SeriesInstanceUID"),
                 text(dataset, "SOPInstanceUID") or str(path),
@@ -53,7 +54,7 @@ def read_header(path):
                 float(text(dataset, "RescaleSlope")),
                 float(text(dataset, "RescaleIntercept")),
                 padding_range(dataset),
-                native_pixels(dataset, file),
+                native,
             )
     except Exception as error:  # whatever a broken file raises is its reason
         return reason(error)
@@ -119,13 +120,16 @@ def padding_range(dataset):
 def native_pixels(dataset, file):
     """Native of a header read from the open file up to the pixel data; None where pydicom must decode (or complain)."""
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian) or dataset.get("BitsAllocated") != 16:
+    if syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
+    elements = [dataset.get_item(name) for name in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")]
+    if None in elements:
+        return None
+    rows, columns, allocated, bits, signed = (int.from_bytes(element.value, "little") for element in elements)
     head = file.read(8 if syntax == ImplicitVRLittleEndian else 12)
-    if head[:4] != PIXEL_DATA or int.from_bytes(head[-4:], "little") != dataset.Rows * dataset.Columns * 2:
+    if allocated != 16 or head[:4] != PIXEL_DATA or int.from_bytes(head[-4:], "little") != rows * columns * 2:
         return None
-    signed = dataset.PixelRepresentation == 1
-    return Native(file.tell(), dataset.Rows, dataset.Columns, dataset.BitsStored, signed)
+    return Native(file.tell(), rows, columns, bits, signed == 1)
 
 
 def read_stored(path, native):

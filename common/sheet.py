@@ -33,7 +33,7 @@ def draw_volume(sheet, draw, top, store, volume, representative):
     top += TITLE
     for column, row in enumerate(shown):
         left = GAP + column * TILE
-        sheet.paste(Image.fromarray(store.slices[row]).resize((TILE - 2, TILE - 2)), (left, top))
+        sheet.paste(Image.fromarray(store.slices[row]).resize((TILE - 2, TILE - 2), Image.Resampling.BILINEAR), (left, top))
         write(draw, (left, top + TILE - 1), f"z {np.searchsorted(rows, row)}  x{(representative == row).sum()}", "khaki")
     top += TILE + LABEL
     width = COLUMNS * TILE
