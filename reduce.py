@@ -159,7 +159,7 @@ def by_pairs(args, store, groups):
 def select_volume(path, strategy, threshold, span):
     """Greedy selection of one volume, rows first to last (excluded) of the store at path, in a process of its own."""
     slices = np.array(np.load(path, mmap_mode="r")[span[0] : span[1]])
-    measure = {"ssim": similarity.ssim, "mi": similarity.mutual_information}[strategy](slices)
+    measure = similarity.MEASURES[strategy](slices)
     return reduction.greedy(len(slices), measure, lambda values: values >= threshold)
 
 

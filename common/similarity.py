@@ -112,3 +112,6 @@ def cosine(features):
     """Cosine of the angle between embeddings: float32 [n, d], of any length but 0."""
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
     return lambda first, others: features[others] @ features[first]
+
+
+MEASURES = {"ssim": ssim, "mi": mutual_information}  # of the pixels, by the name of the strategy

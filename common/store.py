@@ -137,7 +137,7 @@ def start_worker():
 
 def in_order(pool, work, jobs):
     """Yield work(job) of every job, in order, worked on in the pool; only so many at a time that memory stays bounded."""
-    jobs, running = iter(jobs), deque()
+    running = deque()
     for job in jobs:
         running.append(pool.submit(work, job))
         if len(running) >= AHEAD:

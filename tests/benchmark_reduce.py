@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from common import reduction, similarity
+from common import reduction
 from common.encoder import embed
+from common.similarity import MEASURES
 from common.store import in_order, read_store, worker_pool
 from reduce import DEFAULT_THRESHOLDS, select_volume
 from tests.benchmark import ROOT, alternate, peak, plain_python, ratio, spread
 
 SLICES = 2000  # that the full-size slices are repeated to
-MEASURES = {"ssim": similarity.ssim, "mi": similarity.mutual_information}
 PAPER = {"LIDC-IDRI": (1010, 243_958), "PET-CT": (891, 541_439)}  # volumes, slices (official code)
 PROCESSES = len(os.sched_getaffinity(0))
 PYDICOM_ALONE = """
