@@ -30,9 +30,10 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import reduction, similarity
+from common.build import in_order, worker_pool
 from common.files import fail, only_one, run_script, versions, whole_file
 from common.sheet import contact_sheet
-from common.store import check_folders, in_order, open_or_build_store, worker_pool
+from common.store import check_folders, open_or_build_store
 
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}  # see above
 
@@ -236,6 +237,7 @@ def write_summary(args, name, threshold, store, kept, seconds):
         "slices": len(kept),
         "kept": int(kept.sum()),
         "skipped": store.skipped,
+        "store": json.loads((args.out / "store.json").read_text())["crc32"]["slices.csv"],
         "volumes": per_volume,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "versions": versions(),

@@ -1,114 +1,16 @@
-"""CT slices: find the volumes in a folder, order them along z, bring them to HU, scale to 8 bit.
+"""One CT slice as an 8-bit picture: DICOM, PNG or JPEG to grey values, HU, 0..255. Knows nothing of volumes or strategies."""
 
-Knows DICOM (through common/dicom.py), PNG and JPEG; knows nothing of strategies or training.
-"""
-
-import os
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from common.dicom import Unusable, read_header, read_stored, reason
+from common.dicom import MAX_PIXELS, Unusable, check_is_file, read_header, read_stored, words
 
 AIR_HU = -1000.0  # what padding outside the field of view becomes, see stored_to_hu
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-
-
-class Volume(NamedTuple):
-    name: str  # SeriesInstanceUID, or the folder (or name prefix) of an image stack; never a patient's name
-    files: list[str]  # relative to the data folder, in z order
-    positions: list[str]  # mm along the slice normal, or the number in an image's name; "" where unknown
-    headers: list  # a Header each, or None for an image
-
-
-def list_files(data):
-    """All files below data as (path relative to data, bytes, modification time in ns), sorted by path.
-
-    Linked folders are followed, each real folder once; a folder that cannot be opened is listed as if it were a file.
-    """
-    found, seen = [], set()
-
-    def add(path):
-        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-        found.append((Path(path).relative_to(data).as_posix(), stat.st_size, stat.st_mtime_ns))
-
-    for folder, folders, names in os.walk(data, followlinks=True, onerror=lambda error: add(error.filename)):
-        folders.sort()
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            add(os.path.join(folder, name))
-    return sorted(found)
-
-
-def find_volumes(data, files, map_files=map):
-    """Group files into volumes in z order.
-
-    data: folder. files: paths relative to it. map_files: a parallel, order-keeping `map`, if there is one.
-    Returns (volumes sorted by name, skipped as a list of (file, reason)).
-    DICOM is grouped by SeriesInstanceUID and ordered by the position along the slice normal, then by
-    InstanceNumber, then by name. Images are grouped by folder, or by the name before the last `_` where one
-    folder holds several such names (the official code's flat layout), and ordered by the number in the name.
-    """
-    images = [file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
-    others = [file for file in files if Path(file).suffix.lower() not in IMAGE_SUFFIXES]
-    series, skipped = {}, []
-    for file, header in zip(others, map_files(read_header, [Path(data, file) for file in others])):
-        if isinstance(header, str):
-            skipped.append((file, header))
-        else:
-            series.setdefault(header.series, []).append((file, header))
-    volumes = image_volumes(images)
-    for uid, members in series.items():
-        volume, repeated = series_volume(uid, members)
-        volumes.append(volume)
-        skipped += repeated
-    return sorted(volumes, key=lambda volume: volume.name), skipped
-
-
-def series_volume(uid, members):
-    """One DICOM series, a list of (file, Header), as (Volume, [(file, reason)]): sorted, each instance used once."""
-    first, skipped = {}, []
-    for file, header in members:
-        if header.instance in first:
-            skipped.append((file, f"same SOPInstanceUID as {first[header.instance]}"))
-        else:
-            first[header.instance] = file
-    kept = [(file, header) for file, header in members if first[header.instance] == file]
-    located = all(header.position is not None for _, header in kept)
-    kept.sort(key=lambda m: (m[1].position if located else 0, m[1].number, m[0]))
-    positions = [f"{header.position:.4f}" if located else "" for _, header in kept]
-    return Volume(uid, [file for file, _ in kept], positions, [header for _, header in kept]), skipped
-
-
-def image_volumes(files):
-    """PNG and JPEG files as Volumes: a folder each, or a `<volume>_` prefix each where a folder holds several."""
-    folders = {}
-    for file in files:
-        folders.setdefault(Path(file).parent.as_posix(), []).append(file)
-    volumes = {}
-    for folder, members in folders.items():
-        prefixes = [re.fullmatch(r"(.+)_\d+", Path(file).stem) for file in members]
-        flat = all(prefixes) and (len({p[1] for p in prefixes}) > 1 or folder == ".")
-        for file, prefix in zip(members, prefixes):
-            name = (Path(folder) / prefix[1]).as_posix() if flat else folder
-            volumes.setdefault(name, []).append(file)
-    return [image_volume(name, members) for name, members in volumes.items()]
-
-
-def image_volume(name, files):
-    def number(file):
-        numbers = re.findall(r"\d+", Path(file).stem)
-        return int(numbers[-1]) if numbers else None
-
-    files = sorted(files, key=lambda file: (number(file) is None, number(file) or 0, file))
-    return Volume(name, files, ["" if number(file) is None else str(number(file)) for file in files], [None] * len(files))
+Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, which is an error and not a warning
 
 
 def read_slice(path, window=None, header=None):
@@ -120,19 +22,29 @@ def read_slice(path, window=None, header=None):
         if Path(path).suffix.lower() in IMAGE_SUFFIXES:
             if window is not None:
                 raise Unusable("--window needs HU, which a PNG or JPEG does not hold")
-            with Image.open(path) as image:
-                return scale_to_uint8(grey_values(image), window)
+            return scale_to_uint8(read_image(path))
         header = header or read_header(path)
         if isinstance(header, str):
             raise Unusable(header)
         return stored_to_uint8(read_stored(path, header.native), header, window)
-    except Exception as error:
-        raise Unusable(reason(error)) from error
+    except Exception as error:  # whatever a broken file raises
+        raise Unusable(words(error) or f"pixels cannot be decoded: {' '.join(str(error).split())}") from error
 
 
-def grey_values(image):
-    """Pillow image -> grey values, [height, width]. 16-bit grey keeps its 16 bits; colour goes through luma."""
-    return np.asarray(image if image.mode in ("L", "I", "F") or image.mode.startswith("I;16") else image.convert("L"))
+def read_image(path):
+    """A PNG or JPEG file -> grey values, [height, width]; raises Unusable with a reason.
+
+    16-bit grey keeps its 16 bits, colour and palettes go through luma, transparency is left aside.
+    """
+    check_is_file(path)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Unusable(f"{image.height} x {image.width} pixels: a slice has at most 8192 x 8192")
+            grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
+            return np.asarray(image if grey else image.convert("L"))
+    except UnidentifiedImageError:
+        raise Unusable("not a PNG or JPEG, though named like one") from None
 
 
 def stored_to_uint8(stored, header, window=None):

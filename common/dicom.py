@@ -3,13 +3,19 @@
 Knows nothing of volumes, HU images or strategies.
 """
 
+import os
+import stat
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.pixels import get_decoder
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 PIXEL_DATA = b"\xe0\x7f\x10\x00"  # the tag (7FE0,0010), little endian
+MAX_PIXELS = 8192 * 8192  # of a slice: no CT has more, and a few damaged bytes can ask for all of the memory
+SIGNATURES = {b"": "an empty file", b"\x89PNG": "a PNG, but not named .png", b"\xff\xd8\xff": "a JPEG, but not named .jpg or .jpeg"}
 
 
 class Unusable(ValueError):
@@ -31,8 +37,11 @@ class Header(NamedTuple):
 
     series: str
     instance: str  # SOPInstanceUID
+    axes: tuple[float, ...] | None  # ImageOrientationPatient, six numbers
     position: float | None  # mm along the slice normal
-    number: float  # InstanceNumber
+    number: float | None  # InstanceNumber
+    rows: int
+    columns: int
     slope: float
     intercept: float  # HU
     padding: tuple[int, int] | None  # stored values, both included
@@ -42,22 +51,50 @@ class Header(NamedTuple):
 def read_header(path):
     """The Header of a DICOM CT slice, or the reason (str) why the file is not one."""
     try:
+        check_is_file(path)
         with open(path, "rb") as file:
             dataset = pydicom.dcmread(file, stop_before_pixels=True)
             check_is_slice(dataset)
             native = native_pixels(dataset, file)  # first: padding_range converts an element that it reads raw
+            if not native:
+                check_decodes(dataset)
+            axes = orientation(dataset)
             return Header(
                 text(dataset, "SeriesInstanceUID"),
                 text(dataset, "SOPInstanceUID") or str(path),
-                position_along_normal(dataset),
-                float(text(dataset, "InstanceNumber") or 0),
+                axes,
+                position_along_normal(dataset, axes),
+                numbers(dataset, "InstanceNumber", 1)[0],
+                integer(dataset, "Rows"),
+                integer(dataset, "Columns"),
                 float(text(dataset, "RescaleSlope")),
                 float(text(dataset, "RescaleIntercept")),
                 padding_range(dataset),
                 native,
             )
-    except Exception as error:  # whatever a broken file raises is its reason
-        return reason(error)
+    except pydicom.errors.InvalidDicomError:
+        return what_else(path)
+    except Exception as error:  # whatever a broken file raises; its own words could quote a patient's data
+        return words(error) or f"a DICOM header that cannot be read ({type(error).__name__}): damaged or cut short"
+
+
+def check_is_file(path):
+    """Raise Unusable for a pipe or a device, OSError for what cannot be opened; reading a pipe would wait for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.listdir(path)
+    if not stat.S_ISREG(mode):
+        raise Unusable("not a regular file, but a folder, pipe, socket or device")
+
+
+def what_else(path):
+    """What a file is that pydicom does not take for DICOM, in words."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    for signature, name in SIGNATURES.items():
+        if start[: len(signature)] == signature and bool(start) == bool(signature):
+            return name
+    return "not DICOM (the mark DICM is missing), and not named .png, .jpg or .jpeg"
 
 
 def text(dataset, keyword):
@@ -71,20 +108,39 @@ def text(dataset, keyword):
     return element.value.decode("latin-1").strip(" \0")
 
 
+def integer(dataset, keyword):
+    """An element of type US, None where it is missing."""
+    element = dataset.get_item(keyword)
+    if element is None or not element.value:
+        return None
+    return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
+
+
+def numbers(dataset, keyword, n):
+    """An element as n finite floats; n times None where it is missing or anything else."""
+    try:
+        found = [float(value) for value in text(dataset, keyword).split("\\")]
+    except ValueError:
+        found = []
+    return found if len(found) == n and all(map(isfinite, found)) else [None] * n
+
+
 def check_is_slice(dataset):
     """Raise Unusable unless the DICOM header is that of one CT slice with a rescale to HU."""
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        raise Unusable("a DICOMDIR, not an image")
     modality = text(dataset, "Modality")
     if modality != "CT":
-        raise Unusable(f"Modality is {modality or 'missing'}, not CT")
+        raise Unusable(f"Modality is {modality[:16] or 'missing'}, not CT")
     if not text(dataset, "SeriesInstanceUID"):
         raise Unusable("SeriesInstanceUID is missing")
     if "LOCALIZER" in text(dataset, "ImageType").split("\\"):
         raise Unusable("a localizer, not a slice")
-    if int(text(dataset, "NumberOfFrames") or 1) != 1:
+    if text(dataset, "NumberOfFrames") not in ("", "1"):
         raise Unusable("a multi-frame image, not a slice: split it into single-frame files")
     photometric = text(dataset, "PhotometricInterpretation")
     if photometric not in ("MONOCHROME2", ""):
-        raise Unusable(f"PhotometricInterpretation is {photometric}, not MONOCHROME2")
+        raise Unusable(f"PhotometricInterpretation is {photometric[:16]}, not MONOCHROME2")
     slope, intercept = text(dataset, "RescaleSlope"), text(dataset, "RescaleIntercept")
     for name, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
         if not value:
@@ -97,14 +153,45 @@ def check_is_slice(dataset):
         raise Unusable(f"rescale {slope} x + {intercept} does not give HU")
 
 
-def position_along_normal(dataset):
-    """mm: ImagePositionPatient projected on the normal of ImageOrientationPatient; None where either is missing."""
-    corner, axes = text(dataset, "ImagePositionPatient"), text(dataset, "ImageOrientationPatient")
-    if not corner or not axes:
+    if integer(dataset, "PixelRepresentation") not in (0, 1):
+        raise Unusable("PixelRepresentation is missing, so the sign of the values is unknown")
+    rows, columns = (integer(dataset, keyword) or 0 for keyword in ("Rows", "Columns"))
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise Unusable(f"{rows} x {columns} pixels: a slice has at least 1 and at most 8192 x 8192")
+
+
+def check_decodes(dataset):
+    """Raise Unusable, with the plug-in to install, if nothing here decodes the pixels' transfer syntax."""
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if not syntax:
+        raise Unusable("TransferSyntaxUID is missing, so the pixels cannot be decoded")
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise Unusable(f"transfer syntax {syntax.name[:64]} is not one of images") from None
+    if not available:
+        plug_in = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
+        raise Unusable(f"{syntax.name} needs a decoder: pip install pylibjpeg {plug_in}")
+
+
+def orientation(dataset):
+    """ImageOrientationPatient, six numbers; None where it is missing or its axes are not two right-angled unit vectors."""
+    axes = numbers(dataset, "ImageOrientationPatient", 6)
+    if None in axes:
         return None
-    x1, y1, z1, x2, y2, z2 = map(float, axes.split("\\"))
+    lengths = [sum(value * value for value in axis) for axis in (axes[:3], axes[3:])]
+    product = sum(a * b for a, b in zip(axes[:3], axes[3:]))
+    return tuple(axes) if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(product)) < 0.05 else None
+
+
+def position_along_normal(dataset, axes):
+    """mm: ImagePositionPatient projected on the normal of the orientation; None where either is missing."""
+    corner = numbers(dataset, "ImagePositionPatient", 3)
+    if axes is None or None in corner:
+        return None
+    x1, y1, z1, x2, y2, z2 = axes
     normal = y1 * z2 - z1 * y2, z1 * x2 - x1 * z2, x1 * y2 - y1 * x2
-    return sum(n * float(c) for n, c in zip(normal, corner.split("\\"), strict=True))
+    return sum(n * c for n, c in zip(normal, corner))
 
 
 def padding_range(dataset):
@@ -122,13 +209,16 @@ def native_pixels(dataset, file):
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
-    elements = [dataset.get_item(name) for name in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")]
-    if None in elements:
+    keywords = ["Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation"]
+    rows, columns, allocated, bits, signed = found = [integer(dataset, keyword) for keyword in keywords]
+    if None in found or allocated != 16 or not 0 < bits <= 16 or integer(dataset, "SamplesPerPixel") != 1:
         return None
-    rows, columns, allocated, bits, signed = (int.from_bytes(element.value, "little") for element in elements)
     head = file.read(8 if syntax == ImplicitVRLittleEndian else 12)
-    if allocated != 16 or head[:4] != PIXEL_DATA or int.from_bytes(head[-4:], "little") != rows * columns * 2:
+    if head[:4] != PIXEL_DATA or int.from_bytes(head[-4:], "little") != rows * columns * 2:
         return None
+    there = (os.fstat(file.fileno()).st_size - file.tell()) // 2
+    if there < rows * columns:
+        raise Unusable(f"pixel data is cut short: {there} of {rows * columns} values")
     return Native(file.tell(), rows, columns, bits, signed == 1)
 
 
@@ -137,22 +227,20 @@ def read_stored(path, native):
     if native:
         count = native.rows * native.columns
         stored = np.fromfile(path, "<i2" if native.signed else "<u2", count, offset=native.offset)
-        if len(stored) == count:
-            unused = 16 - native.bits  # bits above BitsStored may hold anything, an overlay for one
-            stored = stored.reshape(native.rows, native.columns)
-            return stored << unused >> unused if unused else stored
-    stored = pydicom.dcmread(path).pixel_array
+        unused = 16 - native.bits  # bits above BitsStored may hold anything, an overlay for one
+        stored = stored.reshape(native.rows, native.columns)
+        return stored << unused >> unused if unused else stored
+    dataset = pydicom.dcmread(path)
+    if "PixelData" not in dataset:
+        raise Unusable("has no pixel data")
+    stored = dataset.pixel_array
     if stored.ndim != 2:
         raise Unusable(f"pixel data has {stored.ndim} dimensions, not 2")
     return stored
 
 
-def reason(error):
-    """An exception as one line of words for skipped.csv."""
+def words(error):
+    """An Unusable or an error of the file system in words; "" for any other."""
     if isinstance(error, Unusable):
         return str(error)
-    if isinstance(error, pydicom.errors.InvalidDicomError):
-        return "neither DICOM nor PNG or JPEG"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+    return error.strerror if isinstance(error, OSError) and error.strerror else ""

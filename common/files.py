@@ -2,9 +2,12 @@
 
 import fcntl
 import os
+import sys
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
+UNFINISHED = ".unfinished"  # ends the names of files that are being written
 
 
 def fail(message):
@@ -14,6 +17,8 @@ def fail(message):
 
 def run_script(main):
     """Run a script's main(); Ctrl-C ends it with one line, since everything finished is on disk."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8 must not stop a run
     try:
         main()
     except KeyboardInterrupt:
@@ -22,8 +27,9 @@ def run_script(main):
 
 @contextmanager
 def only_one(folder):
-    """Stop with one line if another run works in folder; a killed run leaves no lock behind."""
+    """Stop with one line if another run works in folder; a killed run leaves no lock behind. Removes what it was writing."""
     try:
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
     except OSError as error:
@@ -34,16 +40,20 @@ def only_one(folder):
         except OSError:
             fail(f"{folder}: another run is at work there: wait for it, or give another folder")
         try:
+            for old in folder.glob("*" + UNFINISHED):
+                old.unlink()
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
+            if new and not any(folder.iterdir()):  # stopped before anything was made
+                folder.rmdir()
 
 
 @contextmanager
 def whole_file(path, text=False):
     """Open a temporary file beside path for writing; rename it to path at the end of the block, or remove it on an error."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     mode = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"} if text else {"mode": "wb"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.ct import grey_values
+from common.ct import read_image, scale_to_uint8
+from common.dicom import Unusable
 from common.files import fail
 from common.reduction import dhash, hamming
 
@@ -153,10 +154,10 @@ def read_images(files, size):
 
 def read_grey(file):
     try:
-        with Image.open(file) as image:
-            return grey_values(image.convert("L"))
-    except OSError as error:
+        grey = read_image(file)
+    except (Unusable, OSError, ValueError, SyntaxError) as error:
         fail(f"{file}: cannot be read as an image: {error}")
+    return grey if grey.dtype == np.uint8 else scale_to_uint8(grey)
 
 
 def resize(image, size):

@@ -4,12 +4,11 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from common import ct, dicom
+from common import ct, dicom, volumes
 
 
 def load(folder):
-    files = [file for file, _, _ in ct.list_files(folder)]
-    return ct.find_volumes(folder, files)
+    return volumes.find_volumes(folder, [file for file, _, _ in volumes.list_files(folder)])
 
 
 def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_dicom):
@@ -20,15 +19,17 @@ def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_
         corner = distance * normal + (-1) ** i * 100 * axes[1]
         place = {"ImagePositionPatient": list(np.round(corner, 6)), "ImageOrientationPatient": list(axes.ravel())}
         write_dicom(tmp_path / f"{i}.dcm", np.full((4, 4), i), InstanceNumber=i, **place)
-    [volume], skipped = load(tmp_path)
+    [volume], skipped, [(uid, warning)] = load(tmp_path)
     assert volume.files == ["1.dcm", "2.dcm", "0.dcm", "3.dcm"] and not skipped
+    assert uid == volume.name and "1 gap along z, the widest 27.5 mm" in warning
     assert np.allclose([float(p) for p in volume.positions], sorted(distances), atol=1e-3)
 
 
 def test_without_positions_the_instance_number_orders_then_the_name(tmp_path, write_dicom):
     for name, number in [("a", 10), ("b", 9), ("c", 9)]:
         write_dicom(tmp_path / name, np.zeros((4, 4), int), InstanceNumber=number, ImagePositionPatient=None)
-    [volume], _ = load(tmp_path)
+    [volume], _, [(_, warning)] = load(tmp_path)
+    assert "3 of 3 slices have no position" in warning and "file name" in warning
     assert volume.files == ["b", "c", "a"] and volume.positions == ["", "", ""]
 
 
@@ -36,8 +37,8 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     for i, (folder, uid) in enumerate([("x", "1.2"), ("y", "1.2"), ("x", "1.3")]):
         write_dicom(tmp_path / folder / f"{i}", np.zeros((4, 4), int), SeriesInstanceUID=uid,
                     ImagePositionPatient=[0, 0, i])  # fmt: skip
-    volumes, _ = load(tmp_path)
-    assert [(v.name, v.files) for v in volumes] == [("1.2", ["x/0", "y/1"]), ("1.3", ["x/2"])]
+    found, _, warnings = load(tmp_path)
+    assert not warnings and [(v.name, v.files) for v in found] == [("1.2", ["x/0", "y/1"]), ("1.3", ["x/2"])]
 
 
 @pytest.mark.parametrize(
@@ -82,40 +83,15 @@ def test_scaling_is_min_max_rounded_or_a_window():
     assert ct.scale_to_uint8(np.full((2, 2), 7.0)).tolist() == [[0, 0], [0, 0]]
 
 
-@pytest.mark.parametrize(
-    "tags, words",
-    [
-        ({"Modality": "MR"}, "Modality is MR"),
-        ({"RescaleSlope": None}, "RescaleSlope is missing"),
-        ({"RescaleSlope": 0}, "does not give HU"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1"),
-    ],
-)
-def test_unusable_files_are_listed_with_their_reason(tmp_path, write_dicom, tags, words):
-    write_dicom(tmp_path / "good.dcm", np.arange(16).reshape(4, 4))
-    write_dicom(tmp_path / "bad.dcm", np.arange(16).reshape(4, 4), **tags)
-    (tmp_path / "notes.txt").write_text("no image")
-    [volume], skipped = load(tmp_path)
-    assert volume.files == ["good.dcm"]
-    reasons = dict(skipped)
-    assert words in reasons["bad.dcm"] and reasons["notes.txt"] == "neither DICOM nor PNG or JPEG"
-
-
 def test_image_folders_and_the_flat_layout_of_the_authors(tmp_path):
     names = ["p1_0.png", "p1_10.png", "p1_2.png", "p_2_1.png", "scan/slice9.png", "scan/slice10.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / name)
-    volumes, skipped = load(tmp_path)
+    found, skipped, _ = load(tmp_path)
     assert not skipped
-    assert [(v.name, v.files, v.positions) for v in volumes] == [
+    assert [(v.name, v.files, v.positions) for v in found] == [
         ("p1", ["p1_0.png", "p1_2.png", "p1_10.png"], ["0", "2", "10"]),
         ("p_2", ["p_2_1.png"], ["1"]),
         ("scan", ["scan/slice9.png", "scan/slice10.png"], ["9", "10"]),
     ]
-
-
-def test_sixteen_bit_png_keeps_its_depth(tmp_path):
-    Image.fromarray(np.array([[0, 300], [600, 60000]], np.uint16)).save(tmp_path / "a.png")
-    assert ct.read_slice(tmp_path / "a.png").tolist() == [[0, 1], [3, 255]]

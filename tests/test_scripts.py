@@ -251,7 +251,7 @@ def test_ctrl_c_ends_with_one_line(made, tmp_path):
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and stderr.splitlines()[-1].startswith("stopped:") and "Traceback" not in stderr
-    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / ".lock").exists()
+    assert not list((tmp_path / "run").glob("*.unfinished")) and not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):
