@@ -9,6 +9,7 @@ Called again on an unfinished RUN it goes on where it was; on a finished one it 
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -170,20 +171,29 @@ def describe(args, kept, steps, world):
 def open_run(run, settings, rank):
     """The saved state of an unfinished run, None for a new one; ends the script on a finished or different one."""
     if (run / "encoder.pt").exists():
-        check_same(run, json.loads((run / "log.jsonl").read_text().splitlines()[0])["settings"], settings)
+        check_same(run, whole(run / "log.jsonl", lambda path: json.loads(path.read_text().splitlines()[0])["settings"]), settings)
         if rank == 0:
             (run / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed in its last moment
             print(f"{run / 'encoder.pt'}: finished before, nothing to do")
         sys.exit()
     if (run / "checkpoint.pt").exists():
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = whole(run / "checkpoint.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True))
         check_same(run, saved["log"][0]["settings"], settings)
         if rank == 0:
             print(f"{run}: going on at step {saved['step']}")
         return saved
 
 
+def whole(path, read):
+    """read(path), or one line if the file is not what this script wrote."""
+    try:
+        return read(path)
+    except Exception as error:  # whatever a damaged file raises
+        fail(f"{path}: damaged ({type(error).__name__}): delete {path.parent} and start again")
+
+
 def check_same(run, before, now):
+    before = before if isinstance(before, dict) else {}
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
         fail(f"{run}: was started with other settings ({', '.join(changed)}): give another RUN, or delete this one")
@@ -246,8 +256,10 @@ def write_log(run, lines):
 
 
 def save(path, state):
+    packed = io.BytesIO()  # PyTorch's own writer hides why a disk takes no more
+    torch.save(state, packed)
     with whole_file(path) as file:
-        torch.save(state, file)
+        file.write(packed.getbuffer())
 
 
 if __name__ == "__main__":

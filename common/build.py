@@ -69,7 +69,10 @@ def report(out, n, n_volumes, skipped, warnings):
 def worker_pool(workers):
     """A pool of processes, as many as there are cores by default; each computes in one thread, or they would fight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ProcessPoolExecutor(workers or cores, initializer=start_worker)
+    try:
+        return ProcessPoolExecutor(workers or cores, initializer=start_worker)
+    except OSError as error:  # its locks lie in shared memory
+        fail(f"cannot start worker processes: {error.strerror}")
 
 
 def start_worker():

@@ -129,6 +129,8 @@ def read_selection(path):
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
         rows, kept = (np.array([int(line[key]) for line in lines], int) for key in ("row", "kept"))
+        if not len(rows):
+            raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
         fail(f"{path}: not a selection: it needs the columns row and kept, in whole numbers")
     if not np.array_equal(rows, np.arange(len(slices))):
