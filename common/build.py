@@ -58,7 +58,7 @@ def report(out, n, n_volumes, skipped, warnings):
     kinds = {}
     for _, why in skipped:
         kinds.setdefault(re.split(":| as ", why)[0], []).append(why)
-    for reasons in sorted(kinds.values(), key=len, reverse=True)[:SHOWN]:
+    for reasons in sorted(kinds.values(), key=lambda found: ("pip install" in found[0], len(found)), reverse=True)[:SHOWN]:
         print(f"  {len(reasons)} skipped: {reasons[0]}")
     for volume, text in warnings[:SHOWN]:
         print(f"warning: {volume}: {text}", file=sys.stderr)

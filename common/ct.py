@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.dicom import MAX_PIXELS, Unusable, check_is_file, read_header, read_stored, words
+from common.dicom import MAX_PIXELS, Unusable, check_is_file, no_larger_than, read_header, read_stored, words
 
 AIR_HU = -1000.0  # what padding outside the field of view becomes, see stored_to_hu
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, which is an error and not a warning
 
 
 def read_slice(path, window=None, header=None):
@@ -38,11 +37,11 @@ def read_image(path):
     """
     check_is_file(path)
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable(f"{image.height} x {image.width} pixels: a slice has at most 8192 x 8192")
+        with no_larger_than(MAX_PIXELS), Image.open(path) as image:
             grey = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
             return np.asarray(image if grey else image.convert("L"))
+    except Image.DecompressionBombError:
+        raise Unusable("larger than a slice may be: at most 8192 x 8192 pixels") from None
     except UnidentifiedImageError:
         raise Unusable("not a PNG or JPEG, though named like one") from None
 

@@ -5,17 +5,20 @@ Knows nothing of volumes, HU images or strategies.
 
 import os
 import stat
+from contextlib import contextmanager
 from math import isfinite
 from typing import NamedTuple
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 PIXEL_DATA = b"\xe0\x7f\x10\x00"  # the tag (7FE0,0010), little endian
 MAX_PIXELS = 8192 * 8192  # of a slice: no CT has more, and a few damaged bytes can ask for all of the memory
-SIGNATURES = {b"": "an empty file", b"\x89PNG": "a PNG, but not named .png", b"\xff\xd8\xff": "a JPEG, but not named .jpg or .jpeg"}
+SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM")  # in ImageType
 
 
 class Unusable(ValueError):
@@ -91,9 +94,10 @@ def what_else(path):
     """What a file is that pydicom does not take for DICOM, in words."""
     with open(path, "rb") as file:
         start = file.read(4)
-    for signature, name in SIGNATURES.items():
-        if start[: len(signature)] == signature and bool(start) == bool(signature):
-            return name
+    if not start:
+        return "an empty file"
+    if start == b"\x89PNG" or start[:3] == b"\xff\xd8\xff":
+        return "a PNG or JPEG by its content, but not by its name: rename it"
     return "not DICOM (the mark DICM is missing), and not named .png, .jpg or .jpeg"
 
 
@@ -134,9 +138,9 @@ def check_is_slice(dataset):
         raise Unusable(f"Modality is {modality[:16] or 'missing'}, not CT")
     if not text(dataset, "SeriesInstanceUID"):
         raise Unusable("SeriesInstanceUID is missing")
-    if "LOCALIZER" in text(dataset, "ImageType").split("\\"):
+    if any(word in text(dataset, "ImageType").upper() for word in SCOUTS):
         raise Unusable("a localizer, not a slice")
-    if text(dataset, "NumberOfFrames") not in ("", "1"):
+    if text(dataset, "NumberOfFrames") and numbers(dataset, "NumberOfFrames", 1) != [1]:
         raise Unusable("a multi-frame image, not a slice: split it into single-frame files")
     photometric = text(dataset, "PhotometricInterpretation")
     if photometric not in ("MONOCHROME2", ""):
@@ -150,9 +154,7 @@ def check_is_slice(dataset):
     except ValueError:
         fine = False
     if not fine:
-        raise Unusable(f"rescale {slope} x + {intercept} does not give HU")
-
-
+        raise Unusable(f"rescale {slope[:16]} x + {intercept[:16]} does not give HU")
     if integer(dataset, "PixelRepresentation") not in (0, 1):
         raise Unusable("PixelRepresentation is missing, so the sign of the values is unknown")
     rows, columns = (integer(dataset, keyword) or 0 for keyword in ("Rows", "Columns"))
@@ -233,10 +235,23 @@ def read_stored(path, native):
     dataset = pydicom.dcmread(path)
     if "PixelData" not in dataset:
         raise Unusable("has no pixel data")
-    stored = dataset.pixel_array
+    with no_larger_than(dataset.Rows * dataset.Columns):
+        stored = dataset.pixel_array
     if stored.ndim != 2:
         raise Unusable(f"pixel data has {stored.ndim} dimensions, not 2")
     return stored
+
+
+@contextmanager
+def no_larger_than(pixels):
+    """Pillow, which decodes for pydicom, refuses larger images: a damaged size in a JPEG 2000 stream took it minutes."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-pixels // 2)  # Pillow warns above this, and refuses above twice
+    try:
+        with catch_warnings():
+            simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def words(error):
