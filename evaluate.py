@@ -28,7 +28,7 @@ from common import auc, simclr
 from common.encoder import encoder_hash, input_statistics, load_encoder
 from common.files import fail, only_one, run_script, whole_file
 from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
-from common.tasks import DUPLICATE_BITS, leaks, load_task, split_of
+from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
 
 TASKS = ["covid-ct", "organ", "head-ct", "toy-lesion", "toy-organ"]
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
@@ -45,10 +45,8 @@ def main():
 
 def evaluate(args, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
-    settings, split = describe(args, task), split_of(task, 0)
-    print(f"{args.task}: {len(leaks(task, split))} of {len(split['test'])} test images have a near-duplicate (dHash within "
-          f"{DUPLICATE_BITS} bits) among the training images")  # fmt: skip
-    features = {}
+    settings, features = describe(args, task), {}
+    report_duplicates(args, task)
     for seed in range(args.seeds):
         source = args.encoder[seed % len(args.encoder)]
         row = {"task": args.task, "name": args.name, "encoder": encoder_hash(source), "protocol": args.protocol,
@@ -108,6 +106,24 @@ def describe(args, task):
     if args.protocol == "finetune":
         names += ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size"]
     return " ".join(f"{name}={getattr(args, name)}" for name in names) + f" data={task.digest}"
+
+
+def report_duplicates(args, task):
+    """Count the test images with a near-duplicate in the training split, or the pairs that a made split keeps together;
+    list all of them beside the scores."""
+    if task.split is None:
+        columns, pairs = ["image", "other", "bits"], near_pairs(task.hashes)
+        found = f"{len(pairs)} pairs of near-duplicates are kept on one side of every split"
+    else:
+        split = split_of(task, 0)
+        columns, pairs = ["test", "train", "bits"], leaks(task, split)
+        found = f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the training images"
+    path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
+    named = [(task.names[one], task.names[other], bits) for one, other, bits in pairs]
+    with whole_file(path, text=True) as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *named])
+    example = ": {} and {} ({} bits apart)".format(*named[0]) if named else ""
+    print(f"{args.task}: {found} (dHash within {DUPLICATE_BITS} bits){example}; listed in {path}")
 
 
 def linear(features, labels, split, seed):
