@@ -1,6 +1,7 @@
 """Encoders: ours, ImageNet's, or random weights; and the features they give."""
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def load_encoder(source, arch, seed):
 def read_weights(path):
     """{name as in torchvision's ResNet: tensor} of an encoder.pt, or of a checkpoint of the authors' (LAYOUTS)."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_tensors(path)
     except FileNotFoundError:
         fail(f"{path}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
     except Exception:  # whatever a damaged file makes torch raise
@@ -69,6 +70,30 @@ def read_weights(path):
         if f"{prefix}conv1.weight" in found:
             return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {', '.join(filter(None, LAYOUTS))}")
+
+
+def load_tensors(path):
+    """torch.load(weights_only=True), but what lies beside the weights, such as a Path or Namespace of Lightning's, is Inert.
+
+    Still torch's own reader of weights, which imports nothing and calls nothing but what rebuilds tensors: it is told that
+    the names it does not know, found without running the file, mean Inert.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Inert:
+    """Stands for any object of a checkpoint that is no tensor or plain value: takes what it is given and drops it."""
+
+    def __new__(cls, *arguments):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
 
 
 def encoder_hash(source):

@@ -1,6 +1,10 @@
 """Weights go in whole or not at all, from every layout that the authors published."""
 
+import argparse
+import os
 import pickle
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,12 +58,44 @@ def test_a_mangled_checkpoint_is_refused(tmp_path, network, capsys, layout, harm
         load_encoder(tmp_path / "weights.pt", "resnet18", 0)
 
 
-class Trap:
+class Call:
+    """Pickled, it is a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
     def __reduce__(self):
-        return (print, ("code ran",))
+        return self.call
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": Trap()}, b"junk"])
+@pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])
+def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, network, layout):
+    canary = tmp_path / "canary"
+    harmless = {"hyper_parameters": {"data": Path("/data"), "flags": argparse.Namespace(lr=1)}, "epochs": {Path("a"): 1}}
+    calls = {"open": Call(open, str(canary), "w"), "exec": Call(exec, f"open({str(canary)!r}, 'w')")}
+    calls["getattr"] = Call(getattr, canary, "touch")
+    path, images = tmp_path / "weights.pt", torch.rand(2, 3, 32, 32)
+    weights = layouts(network.state_dict())[layout]
+    beside = harmless | calls if layout != "ours" else {}  # ours is nothing but weights
+    torch.save(weights | beside, path)
+    assert torch.equal(load_encoder(path, "resnet18", 0).eval()(images), network(images))
+    for refused in (Call(os.system, f"touch {canary}"), Call(Path.touch, canary), defaultdict(list, a=[1])):
+        torch.save(weights | {"other": refused}, path)
+        with pytest.raises(SystemExit, match="error"):
+            load_encoder(path, "resnet18", 0)
+    for inside in calls.values():  # among the weights themselves nothing is passed over
+        torch.save(network.state_dict() | {"conv1.weight": inside}, path)
+        with pytest.raises(SystemExit, match="not a state_dict of tensors"):
+            load_encoder(path, "resnet18", 0)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(calls["open"]))
+    assert canary.exists()  # as it would where nothing guards
+
+
+CALL = Call(print, "code ran")
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": CALL}, b"junk"])
 def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys, content):
     if isinstance(content, bytes):
         (tmp_path / "weights.pt").write_bytes(content)
@@ -71,7 +107,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys, con
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
     with pytest.raises(SystemExit, match="damaged"):
         load_encoder(tmp_path / "cut.pt", "resnet18", 0)
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(CALL))
     with pytest.raises(SystemExit, match="error"):
         load_encoder(tmp_path / "plain.pkl", "resnet18", 0)
     assert "code ran" not in capsys.readouterr().out

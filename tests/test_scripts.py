@@ -18,6 +18,7 @@ from PIL import Image
 from common import ct, reduction, similarity, toy
 from common.encoder import load_encoder
 from common.files import only_one
+from common.tasks import leaks, load_task, split_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "resnet18", "--size", 16, "--batch-size", 16, "--optimizer", "adamw"]
@@ -204,6 +205,11 @@ def test_evaluate_writes_one_line_a_seed_and_its_scores(tmp_path, run):
         assert float(row["accuracy"]) == pytest.approx(accuracy_score(labels, p.argmax(1)), abs=1e-5)
     tables = run("evaluate.py", "tables", results).stdout
     assert "| ALL | -" in tables and "0.830" in tables
+    listed = table(tmp_path / "results-scores" / "near-duplicates-toy-organ.csv")
+    task = load_task("toy-organ", tmp_path, 32)
+    pairs = leaks(task, split_of(task, 0))
+    assert [tuple(row.values()) for row in listed] == [(task.names[i], task.names[j], str(bits)) for i, j, bits in pairs]
+    assert f"toy-lesion: {len(table(tmp_path / 'results-scores' / 'near-duplicates-toy-lesion.csv'))} of" in done.stdout
 
 
 @pytest.mark.parametrize(
