@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, input_statistics, load_encoder
-from common.files import fail, only_one, run_script, whole_file
+from common.files import fail, only_one, run_script, whole_file, write_row
 from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
 from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
 
@@ -49,6 +49,8 @@ def evaluate(args, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
     settings, features = describe(args, task), {}
     report_duplicates(args, task)
+    for source in args.encoder:  # a wrong file is refused before hours of training with the others
+        load_encoder(source, args.arch, 0)
     for seed in range(args.seeds):
         source = args.encoder[seed % len(args.encoder)]
         row = {"task": args.task, "name": args.name, "encoder": encoder_hash(source), "protocol": args.protocol,
@@ -123,7 +125,8 @@ def report_duplicates(args, task):
     path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
     named = [(task.names[one], task.names[other], bits) for one, other, bits in pairs]
     with whole_file(path, text=True) as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *named])
+        for row in [columns, *named]:
+            write_row(file, row)
     example = ": {} and {} ({} bits apart)".format(*named[0]) if named else ""
     print(f"{args.task}: {found} (dHash within {DUPLICATE_BITS} bits){example}; listed in {path}")
 

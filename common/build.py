@@ -1,6 +1,5 @@
 """Building a slice store: headers and pixels of every file read once, in parallel, in order."""
 
-import csv
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import ct
-from common.files import fail, whole_file
+from common.files import fail, whole_file, write_row
 from common.reduction import dhash
 from common.volumes import find_volumes
 
@@ -46,7 +45,8 @@ def build_store(data, out, files, size, window, workers):
         with tqdm(desc="slices", total=len(places), unit="slice", disable=not places) as progress:
             n, n_volumes = write_slices(data, out, places, decoded, progress, size, skipped)
     with whole_file(out / "skipped.csv", text=True) as file:
-        csv.writer(file, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped)])
+        for row in [("file", "reason"), *sorted(skipped)]:
+            write_row(file, row)
     report(out, n, n_volumes, skipped, warnings)
     return warnings
 
@@ -138,15 +138,14 @@ def write_slices(data, out, places, decoded, progress, size, skipped):
     n, volumes, places = 0, set(), iter(places)
     with whole_file(out / "slices.npy") as array_file, whole_file(out / "slices.csv", text=True) as csv_file:
         write_npy_header(array_file, 0, size)
-        writer = csv.writer(csv_file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        write_row(csv_file, COLUMNS)
         for pixels, found in decoded:
             array_file.write(pixels)
             for result, (volume, position, file) in zip(found, places):
                 if isinstance(result, ct.Unusable):
                     skipped.append((file, str(result)))
                     continue
-                writer.writerow([n, volume, position, file, result])
+                write_row(csv_file, [n, volume, position, file, result])
                 volumes.add(volume)
                 n += 1
             progress.update(len(found))

@@ -255,7 +255,7 @@ def no_larger_than(pixels):
 
 
 def words(error):
-    """An Unusable or an error of the file system in words; "" for any other."""
+    """An Unusable or an error of the file system in words, on one line; "" for any other."""
     if isinstance(error, Unusable):
-        return str(error)
+        return " ".join(str(error).split())
     return error.strerror if isinstance(error, OSError) and error.strerror else ""

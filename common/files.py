@@ -1,5 +1,6 @@
 """Output files that are either whole or absent, one run at a time in a folder, and errors that are one line."""
 
+import csv
 import fcntl
 import os
 import sys
@@ -66,6 +67,12 @@ def whole_file(path, text=False):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_row(file, cells):
+    """One line of a CSV file. csv quotes what it must, but for a lone carriage return, which a file's name may hold."""
+    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def versions():

@@ -246,7 +246,7 @@ def test_sizes_from_1_to_4096_and_constant_slices(tmp_path, write_dicom, run, mo
 def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
     """Odd names, links in a circle, and patient data that must stay out of every output."""
     secret = "Geheim^Person"
-    names = ["with space", "quote\"'", "new\nline", "umläut", os.fsdecode(b"latin\xe4"), "comma,name", "-flag"]
+    names = ["with space", "quote\"'", "new\nline", "carriage\rreturn", "umläut", os.fsdecode(b"latin\xe4"), "comma,name", "-flag"]
     for i, name in enumerate(names):
         place = {"ImagePositionPatient": [0, 0, i], "PatientName": secret, "PatientBirthDate": "19010203", "PatientID": secret}
         write_dicom(tmp_path / "ct" / f"{name} dir" / name, PIXELS + 100 * i, **place)
