@@ -61,37 +61,36 @@ def train(args, slices, kept, steps, settings, saved, rank, world, device):
     trained.train()
 
     batches = stream(slices, kept, args.batch_size, args.seed, state["step"], device, rank, world)
-    progress = tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0)
     last_save = time.perf_counter()
-    while state["step"] < steps:
-        started, step = time.perf_counter(), state["step"]
-        batch = next(batches)
-        waited = time.perf_counter() - started
-        rate = simclr.learning_rate(step, steps, min(args.warmup_epochs * per_epoch, steps // 10), args.lr)
-        generator = torch.Generator().manual_seed(args.seed * 2**32 + step + (rank << 56))
-        measured = train_step(trained, optimizer, rate, batch, args, generator, precision)
+    with tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0) as progress:
+        while state["step"] < steps:
+            started, step = time.perf_counter(), state["step"]
+            batch = next(batches)
+            waited = time.perf_counter() - started
+            rate = simclr.learning_rate(step, steps, min(args.warmup_epochs * per_epoch, steps // 10), args.lr)
+            generator = torch.Generator().manual_seed(args.seed * 2**32 + step + (rank << 56))
+            measured = train_step(trained, optimizer, rate, batch, args, generator, precision)
 
-        state["step"] += 1
-        images, epoch_ends = 2 * len(batch) * world, state["step"] % per_epoch == 0 or state["step"] == steps
-        save_now = rank == 0 and time.perf_counter() - last_save > SAVE_EVERY
-        if epoch_ends or save_now or step % 10 == 0:  # not at every step: a GPU would stand still meanwhile
-            loss = measured[0].item()
-            if not math.isfinite(loss):
-                fail(f"{args.run}: the loss is {loss} at step {step + 1}: start again with a lower --lr")
-            progress.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{images / (time.perf_counter() - started):.0f}")
-        add_up(state["sums"], measured, images, waited, time.perf_counter() - started)
-        progress.update()
-        if epoch_ends:
-            state["log"].append(epoch_line(state, step // per_epoch, rate))
-            state["sums"] = new_sums(device)
-            if rank == 0:
-                write_log(args.run, state["log"])
-            check_collapse(args.run, state["log"][-1])
-        if save_now:
-            save(args.run / "checkpoint.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            last_save = time.perf_counter()
+            state["step"] += 1
+            images, epoch_ends = 2 * len(batch) * world, state["step"] % per_epoch == 0 or state["step"] == steps
+            save_now = rank == 0 and time.perf_counter() - last_save > SAVE_EVERY
+            if epoch_ends or save_now or step % 10 == 0:  # not at every step: a GPU would stand still meanwhile
+                loss = measured[0].item()
+                if not math.isfinite(loss):
+                    fail(f"{args.run}: the loss is {loss} at step {step + 1}: start again with a lower --lr")
+                progress.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{images / (time.perf_counter() - started):.0f}")
+            add_up(state["sums"], measured, images, waited, time.perf_counter() - started)
+            progress.update()
+            if epoch_ends:
+                state["log"].append(epoch_line(state, step // per_epoch, rate))
+                state["sums"] = new_sums(device)
+                if rank == 0:
+                    write_log(args.run, state["log"])
+                check_collapse(args.run, state["log"][-1])
+            if save_now:
+                save(args.run / "checkpoint.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                last_save = time.perf_counter()
 
-    progress.close()
     if rank == 0:
         finish(args.run, state, model, len(kept))
 
