@@ -23,12 +23,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from common import auc, simclr
-from common.encoder import encoder_hash, input_statistics, load_encoder
-from common.files import fail, only_one, run_script, whole_file, write_row
+from common.encoder import encoder_hash, features, input_statistics, load_encoder
+from common.files import csv_line, fail, only_one, run_script, whole_file
 from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
 from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
 
@@ -47,7 +46,7 @@ def main():
 
 def evaluate(args, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
-    settings, features = describe(args, task), {}
+    settings, found = describe(args, task), {}  # found: features of each encoder
     report_duplicates(args, task)
     for source in args.encoder:  # a wrong file is refused before hours of training with the others
         load_encoder(source, args.arch, 0)
@@ -62,10 +61,10 @@ def evaluate(args, task):
         split = split_of(task, seed)
         if args.protocol == "linear":
             key = seed if source == "scratch" else source
-            if key not in features:
-                label = f"{args.name} features"
-                features[key] = extract(load_encoder(source, args.arch, seed), task, device, input_statistics(source), label)
-            probabilities = linear(features[key], task.labels, split, seed)
+            if key not in found:
+                network, label = load_encoder(source, args.arch, seed), f"{args.name} features"
+                found[key] = np.concatenate(list(features(network, task.images, input_statistics(source), device, label)))
+            probabilities = linear(found[key], task.labels, split, seed)
         else:
             probabilities = finetune(load_encoder(source, args.arch, seed), task, split, seed, args, device)
         row |= {part: len(rows) for part, rows in split.items()} | pretraining(source)
@@ -126,7 +125,7 @@ def report_duplicates(args, task):
     named = [(task.names[one], task.names[other], bits) for one, other, bits in pairs]
     with whole_file(path, text=True) as file:
         for row in [columns, *named]:
-            write_row(file, row)
+            csv_line(file, row)
     example = ": {} and {} ({} bits apart)".format(*named[0]) if named else ""
     print(f"{args.task}: {found} (dHash within {DUPLICATE_BITS} bits){example}; listed in {path}")
 
@@ -152,15 +151,6 @@ def linear(features, labels, split, seed):
             if value > best_auc:
                 best, best_auc = model.predict_proba(scaled[split["test"]]), value
     return best
-
-
-@torch.inference_mode()
-def extract(encoder, task, device, statistics, label):
-    """Global-average-pooled features of all images, float [N, width]."""
-    encoder = fuse(encoder.eval()).to(device, memory_format=torch.channels_last)  # batch norm goes into the convolutions
-    batches = torch.arange(len(task.images)).split(64)  # which stay in a CPU's cache better than more do
-    found = [encoder(network_input(task, rows, device, *statistics)).cpu() for rows in tqdm(batches, label)]
-    return torch.cat(found).numpy()
 
 
 def finetune(encoder, task, split, seed, args, device):

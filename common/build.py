@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import ct
-from common.files import fail, whole_file, write_row
+from common.files import csv_line, fail, whole_file
 from common.reduction import dhash
 from common.volumes import find_volumes
 
@@ -46,7 +46,7 @@ def build_store(data, out, files, size, window, workers):
             n, n_volumes = write_slices(data, out, places, decoded, progress, size, skipped)
     with whole_file(out / "skipped.csv", text=True) as file:
         for row in [("file", "reason"), *sorted(skipped)]:
-            write_row(file, row)
+            csv_line(file, row)
     report(out, n, n_volumes, skipped, warnings)
     return warnings
 
@@ -138,14 +138,14 @@ def write_slices(data, out, places, decoded, progress, size, skipped):
     n, volumes, places = 0, set(), iter(places)
     with whole_file(out / "slices.npy") as array_file, whole_file(out / "slices.csv", text=True) as csv_file:
         write_npy_header(array_file, 0, size)
-        write_row(csv_file, COLUMNS)
+        csv_line(csv_file, COLUMNS)
         for pixels, found in decoded:
             array_file.write(pixels)
             for result, (volume, position, file) in zip(found, places):
                 if isinstance(result, ct.Unusable):
                     skipped.append((file, str(result)))
                     continue
-                write_row(csv_file, [n, volume, position, file, result])
+                csv_line(csv_file, [n, volume, position, file, result])
                 volumes.add(volume)
                 n += 1
             progress.update(len(found))

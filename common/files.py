@@ -69,7 +69,7 @@ def whole_file(path, text=False):
         raise
 
 
-def write_row(file, cells):
+def csv_line(file, cells):
     """One line of a CSV file. csv quotes what it must, but for a lone carriage return, which a file's name may hold."""
     quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)

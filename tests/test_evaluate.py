@@ -1,13 +1,10 @@
 """evaluate.py: which encoder a seed takes, and the features of the linear probe."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 
-import evaluate
 from common import toy
-from common.encoder import encoder_hash, load_encoder
+from common.encoder import encoder_hash, features, load_encoder
 from common.tables import read_results
 
 
@@ -26,12 +23,13 @@ def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, run):
     assert "leaves some of the 3 encoders unused" in stopped(*common, 2)
 
 
-def test_evaluate_extracts_the_features_of_the_plain_forward():
+def test_features_are_those_of_the_plain_forward():
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32), dtype=np.uint8)
     network = load_encoder("scratch", "resnet18", 0).train()
     network(torch.rand(16, 3, 32, 32))  # batch norm with statistics of its own
     with torch.inference_mode():
         grey = torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)[:, None].expand(-1, 3, -1, -1)
         expected = network.eval()(grey).numpy()
-    found = [evaluate.extract(network, SimpleNamespace(images=images), torch.device("cpu"), (0.5, 0.5), "") for _ in range(2)]
+    cpu = torch.device("cpu")
+    found = [np.concatenate(list(features(network, images, (0.5, 0.5), cpu, ""))) for _ in range(2)]
     assert np.abs(found[0] - expected).max() < 1e-5 * np.abs(expected).max() and np.array_equal(*found)
