@@ -65,3 +65,12 @@ def p_value(differences):
     """Two-sided bootstrap p of a difference: twice the share of draws on the rarer side of 0, at least 1 / draws."""
     below, above = (differences <= 0).mean(), (differences >= 0).mean()
     return float(np.clip(2 * min(below, above), 1 / len(differences), 1))
+
+
+def holm(p_values):
+    """p-values corrected for their number (Holm 1979), which holds however they depend on each other: [m] -> [m]."""
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
+    return corrected

@@ -67,14 +67,12 @@ def protocol_tables(results, rows, protocol):
     draws = {key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()}
     base = next((name for name in names if name.lower() == BASELINE), None)
     costs = {name: cost(rows, name, base) for name in names}
-    main, paired, others, seeds = {}, [], [], []
+    main, others, seeds = {}, [], []
     for name in names:
         own = {task: draws[name, task] for task in tasks}
         main[name] = [name, *costs[name], *(cell for t in tasks for cell in auc_cells(name, t, cells, own[t]))]
         others.append([name, *(f1_cell(cells[name, t]) for t in tasks)])
         seeds.append([name, *(" ".join(f"{float(row['auc']):.3f}" for row in cells[name, t]) for t in tasks)])
-        if base and name != base:
-            paired.append([name, *(difference_cell(own[t], draws[base, t]) for t in tasks)])
     head = ["row", "slices", "steps", "pre-training", "speed-up"]
     for task in tasks:
         images = "/".join(unique(row["test"] for row in rows if row["task"] == task))
@@ -84,14 +82,20 @@ def protocol_tables(results, rows, protocol):
         equal = [main[name] for name in names if like in costs and costs[name][column] == costs[like][column] != "-"]
         if len(equal) > 1:
             text += [f"### The same, of rows with as many {title} as {like}: {costs[like][column]}", markdown(head, equal)]
-    if paired:
-        text += [f"### Difference to {base}, paired by image, [95 % interval], p", markdown(["row", *tasks], paired)]
-        text += [resolution(task, names, base, draws, cells) for task in tasks]
+    compared = [name for name in names if base and name != base]
+    differences = {(n, t): paired_draws(draws[n, t], draws[base, t]) for n in compared for t in tasks}
+    if compared:
+        differences = {key: found for key, found in differences.items() if found is not None}
+        corrected = dict(zip(differences, auc.holm([auc.p_value(found) for found in differences.values()])))
+        paired = [[n, *(difference_cell(differences.get((n, t)), corrected.get((n, t))) for t in tasks)] for n in compared]
+        text += [f"### Difference to {base}, paired by image, [95 % interval], p, corrected p", markdown(["row", *tasks], paired)]
+        text += [resolution(t, [differences[k] for k in differences if k[1] == t], cells[base, t]) for t in tasks]
     text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
-    text += ["### AUC of every seed", markdown(["row", *tasks], seeds)]
+    text += ["<details><summary>AUC of every seed</summary>", markdown(["row", *tasks], seeds), "</details>"]
     text += [f"Intervals and p: percentile bootstrap (Efron and Tibshirani 1993) over test images ({auc.DRAWS} draws, stratified by "
              "class, the same images for both rows, AUC averaged over seeds); the spread over seeds is the SD, not part of "
-             "the interval; p is not corrected for the number of comparisons. "
+             f"the interval. Corrected p: Holm 1979, over the {len(differences)} differences of this table; \"may be chance\" "
+             "marks those of 0.05 or more. "
              "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
              "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
     return "\n\n".join(text)
@@ -139,29 +143,31 @@ def f1_cell(cell):
     return " / ".join(f"{np.mean([float(row[key]) for row in cell]):.3f}" for key in ("f1", "accuracy")) if cell else "-"
 
 
-def difference_cell(own, base):
-    """Mean paired difference over the seeds that both rows have; marked where its interval holds 0."""
-    differences = paired_draws(own, base)
+def difference_cell(differences, corrected):
+    """Mean paired difference over the seeds that both rows have; marked where it may be chance."""
     if differences is None:
         return "-"
     low, high = auc.interval(differences)
-    p = auc.p_value(differences)
-    mark = " (may be chance)" if low <= 0 <= high else ""
-    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p{'<0.001' if p < 0.001 else f'={p:.3f}'}{mark}"
+    mark = " (may be chance)" if corrected >= 0.05 else ""
+    return f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] {p_text(auc.p_value(differences))}, {p_text(corrected)}{mark}"
+
+
+def p_text(p):
+    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 
 def paired_draws(own, base):
+    """Draws of the difference, averaged over the seeds that both have; None where there are none."""
     shared = [seed for seed in own if seed in base]
     return np.mean([own[seed] - base[seed] for seed in shared], axis=0) if shared else None
 
 
-def resolution(task, names, base, draws, cells):
+def resolution(task, differences, base):
     """What the number of test images can tell, in words: half the typical width of the intervals of the differences."""
-    found = [paired_draws(draws[name, task], draws[base, task]) for name in names if name != base]
-    widths = [np.diff(auc.interval(differences))[0] / 2 for differences in found if differences is not None]
-    images = "/".join(unique(row["test"] for row in cells[base, task]))
+    widths = [np.diff(auc.interval(draws))[0] / 2 for draws in differences]
+    images = "/".join(unique(row["test"] for row in base))
     return (f"{task}: on {images} test images, two rows whose AUC differs by less than about "
-            f"{np.median(widths):.3f} cannot be told apart; \"may be chance\" marks them.") if widths else ""  # fmt: skip
+            f"{np.median(widths):.3f} cannot be told apart, even if only they are compared.") if widths else ""  # fmt: skip
 
 
 def spread(values):

@@ -45,3 +45,14 @@ def test_p_value_counts_the_rarer_side():
     differences = np.r_[np.full(30, -1.0), np.full(970, 1.0)]
     assert auc.p_value(differences) == pytest.approx(0.06)
     assert auc.p_value(np.ones(1000)) == 0.001 and auc.p_value(np.zeros(1000)) == 1
+
+
+def test_holm_is_that_of_a_plain_loop():
+    p = np.random.default_rng(0).random(20) ** 4
+    p[3] = p[5]
+    largest, expected = 0.0, {}
+    for rank, i in enumerate(sorted(range(20), key=lambda i: p[i])):
+        largest = max(largest, min(1, p[i] * (20 - rank)))
+        expected[i] = largest
+    assert np.allclose(auc.holm(p), [expected[i] for i in range(20)]) and auc.holm([]).size == 0
+    assert np.allclose(auc.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])

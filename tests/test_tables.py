@@ -67,5 +67,6 @@ def test_equal_budgets_and_equal_steps_have_tables_of_their_own(made):
     text = tables(made[0])
     assert section(text, "## linear: AUC") == list(ROWS)
     assert section(text, "as many slices as Hash-6: 20") == ["Hash-6", "Random", "Hash-6-steps"]
+    assert "over the 4 differences of this table" in text
     assert section(text, "as many optimiser steps as ALL: 50") == ["ALL", "Hash-6-steps"]
     assert "on 80 test images, two rows whose AUC differs by less than about 0.0" in text and "(may be chance)" in text
