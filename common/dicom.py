@@ -98,7 +98,7 @@ def what_else(path):
         return "an empty file"
     if start == b"\x89PNG" or start[:3] == b"\xff\xd8\xff":
         return "a PNG or JPEG by its content, but not by its name: rename it"
-    return "not DICOM (the mark DICM is missing), and not named .png, .jpg or .jpeg"
+    return "not a DICOM file (the mark DICM is missing), and not named .png, .jpg or .jpeg"
 
 
 def text(dataset, keyword):

@@ -92,7 +92,7 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
         (tmp_path / f"header{length}.dcm").write_bytes(whole[:length])
     slices, reasons, _ = outcome(tmp_path)
     assert list(slices) == ["good.dcm"]
-    expected = {"empty.dcm": "an empty file", "notes.dcm": "not DICOM", "png.dcm": "a PNG or JPEG by its content",
+    expected = {"empty.dcm": "an empty file", "notes.dcm": "not a DICOM file", "png.dcm": "a PNG or JPEG by its content",
                 "text.png": "not a PNG or JPEG", "cut.dcm": "pixel data is cut short: 430 of 480 values",
                 "gone": "No such file", "pipe": "not a regular file", "DICOMDIR": "a DICOMDIR"}  # fmt: skip
     for file, words in expected.items():
