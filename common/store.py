@@ -47,7 +47,7 @@ def open_or_build_store(data, out, size, window, workers):
         "window": window,
     }
     if (out / "store.json").exists():
-        found = json.loads((out / "store.json").read_text())
+        found = read_json(out / "store.json")
         changed = [key for key in made_from if found.get(key) != made_from[key]]
         if changed:
             what = "the files of DATA (names, sizes or times)" if "fingerprint" in changed else ", ".join(changed)
@@ -78,8 +78,8 @@ def check_store(out):
     if not (out / "store.json").exists():
         return
     try:
-        expected, found = json.loads((out / "store.json").read_text())["crc32"], checksums(out)
-    except (OSError, ValueError, KeyError):
+        expected, found = read_json(out / "store.json")["crc32"], checksums(out)
+    except (OSError, KeyError):
         fail(f"{out}: holds no whole slice store: delete it and run reduce.py again")
     damaged = [name for name in expected if found.get(name) != expected[name]]
     if damaged:
@@ -96,7 +96,7 @@ def fingerprint(files):
 def read_store(out):
     """The Store in the folder out."""
     check_store(out)
-    slices = np.load(out / "slices.npy", mmap_mode="r")
+    slices = read_slices(out)
     hashes, names, starts = np.empty(len(slices), np.uint64), [], []
     n = -1
     for n, line in enumerate(read_lines(out / "slices.csv")):
@@ -109,6 +109,27 @@ def read_store(out):
         fail(f"{out}: slices.npy holds {len(slices)} slices, slices.csv {n + 1}; delete {out} to build it again")
     skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
     return Store(out / "slices.npy", slices, hashes, names, np.split(np.arange(n + 1), starts[1:]), skipped)
+
+
+def read_json(path):
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        fail(f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run reduce.py again")
+    return found
+
+
+def read_slices(out):
+    """slices.npy, uint8 [N, size, size], memory-mapped."""
+    try:
+        slices = np.load(out / "slices.npy", mmap_mode="r")
+        if slices.dtype == np.uint8 and slices.ndim == 3:
+            return slices
+    except (OSError, ValueError, EOFError):
+        pass
+    fail(f"{out / 'slices.npy'}: not an array of slices, uint8 [N, size, size]")
 
 
 def read_lines(path):
@@ -124,7 +145,7 @@ def read_selection(path):
     if not (path.parent / "slices.npy").is_file():
         fail(f"{path}: no slices.npy beside it: a selection belongs in the folder where reduce.py wrote it")
     check_store(path.parent)
-    slices = np.load(path.parent / "slices.npy", mmap_mode="r")
+    slices = read_slices(path.parent)
     try:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
@@ -148,8 +169,7 @@ def fits(path, lines):
     """Whether a selection was made for the store beside it, as far as its .json, or bits as its similarity, can tell."""
     store, summary = path.parent / "store.json", path.with_suffix(".json")
     if store.exists() and summary.exists():
-        expected = json.loads(summary.read_text()).get("store")
-        if expected not in (None, json.loads(store.read_text())["crc32"]["slices.csv"]):
+        if read_json(summary).get("store") not in (None, read_json(store)["crc32"]["slices.csv"]):
             return False
     try:
         representative, bits = (np.array([int(line[key]) for line in lines]) for key in ("representative", "similarity"))

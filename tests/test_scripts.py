@@ -241,6 +241,12 @@ def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
         (tmp_path / "store" / "slices.npy").write_bytes(harm)
         assert "damaged" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
         assert "damaged" in stopped("reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32)
+    for harm in ("", "{", "[]"):
+        (tmp_path / "store" / "store.json").write_text(harm)
+        assert "damaged" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
+        assert "damaged" in stopped("reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32)
+    (tmp_path / "store" / "store.json").unlink()  # as in a store made by hand
+    assert "not an array of slices" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
 
 
 def test_a_second_run_in_the_same_folder_stops(made, stopped):
