@@ -2,6 +2,7 @@
 
     python tests/benchmark.py reduce --dicom DIR --volumes DIR
     python tests/benchmark.py pretrain --volumes DIR
+    python tests/benchmark.py evaluate --tasks DIR
 
 Packages that only the plain way needs go into .venv-benchmark, made on the first call; ours are shared with it.
 """
@@ -36,6 +37,12 @@ def main():
     add("--batch-size", type=int, default=128)
     add("--steps", type=int, default=4, help="training steps a round")
     add("--workers", type=int, default=2, help="loader processes of lightly")
+    add = parts.add_parser("evaluate", help="the fine-tuning step, the linear probe").add_argument
+    add("--tasks", type=Path, help="folder that holds covid-ct/, organ/ and head-ct/, for the linear probe")
+    add("--rounds", type=int, default=5, help="times that each side of a comparison runs")
+    add("--arch", default="resnet18")
+    add("--size", type=int, default=64, help="of fine-tuning")
+    add("--probe-size", type=int, default=96, help="of the linear probe")
     args = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n")
     import_module(f"tests.benchmark_{args.part}").run(args)
