@@ -50,7 +50,7 @@ def run():
     """run(script and arguments): the finished process, with its text output; fails the test unless `ok` fits."""
 
     def call(*command, ok=True, program=sys.executable):
-        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
+        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         command = [program, *map(str, command)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
         assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -60,13 +60,25 @@ def run():
 
 
 @pytest.fixture
-def stopped(monkeypatch):
-    """stopped(script and arguments): the one line that the script ends with, run in this process, which is faster."""
+def here(monkeypatch, capsys):
+    """here(script and arguments): what the script prints, run in this process, which spares the import of torch."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module(script.removesuffix(".py")).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def stopped(here):
+    """stopped(script and arguments): the one line that the script ends with, run in this process."""
+
+    def call(*command):
         with pytest.raises(SystemExit) as caught:
-            importlib.import_module(script.removesuffix(".py")).main()
+            here(*command)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -8,7 +8,7 @@ from common.encoder import encoder_hash, features, load_encoder
 from common.tables import read_results
 
 
-def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, run):
+def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, here):
     toy.write_tasks(tmp_path, size=32)
     paths = [tmp_path / f"run-{i}" / "encoder.pt" for i in range(3)]
     for i, path in enumerate(paths):
@@ -16,7 +16,7 @@ def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, run):
         torch.save(load_encoder("scratch", "resnet18", i).state_dict(), path)
     common = ["evaluate.py", "toy-lesion", tmp_path, "--arch", "resnet18", "--size", 32, "--protocol", "linear"]
     common += ["--results", tmp_path / "results.csv", "--encoder", *paths, "--seeds"]
-    run(*common, 5)
+    here(*common, 5)
     rows = read_results(tmp_path / "results.csv")
     assert [(row["seed"], row["encoder"]) for row in rows] == [(str(i), encoder_hash(paths[i % 3])) for i in range(5)]
     assert len({row["auc"] for row in rows}) > 1 and all(row["name"] == "run-0" for row in rows)
