@@ -1,11 +1,9 @@
 """The parts of `benchmark.py pretrain`: the training step, lightly's SimCLR, ALL against Hash-6."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
