@@ -32,9 +32,9 @@ def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("script, limits", [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000])])
+@pytest.mark.parametrize("script, limits", [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000]), ("evaluate.py", [100])])
 def test_a_full_disk_gets_one_line_and_harms_nothing(commands, tmp_path, monkeypatch, script, limits):
-    """With room again, reduce.py goes on to its end; that pretrain.py does shows tests/faults.py."""
+    """With room again, reduce.py goes on to its end; that the others do shows tests/faults.py."""
     out, popen = tmp_path / "out", subprocess.Popen
     for limit in limits:
         monkeypatch.setattr(subprocess, "Popen", partial(popen, preexec_fn=partial(allow, limit)))

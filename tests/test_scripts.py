@@ -229,6 +229,11 @@ def test_bad_input_gets_one_line(tmp_path, stopped, command, words):
     assert words in stopped(*(part.format(t=tmp_path) for part in command))
 
 
+def test_an_error_is_one_line_and_no_traceback(tmp_path, run):
+    done = run("reduce.py", tmp_path / "none", tmp_path / "o", "--strategy", "hash", ok=False)
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
     shutil.copytree(made[0] / "store", tmp_path / "store")
     whole = (tmp_path / "store" / "slices.npy").read_bytes()
@@ -270,3 +275,5 @@ def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):
     text = (tmp_path / "out" / "tables.md").read_text()
     assert text in done.stdout and "| Embedding |" in text and "pretrain-ALL-0" in done.stdout
     assert len(table(tmp_path / "out" / "results.csv")) == 2 * 2
+    again = run(*command, program="bash")
+    assert "pretrain-" not in again.stdout and text in again.stdout
