@@ -231,10 +231,11 @@ def write_row(results, row, images, labels, probabilities):
 def print_tables(arguments):
     parser = argparse.ArgumentParser(prog="evaluate.py tables", description="Print results.csv as Markdown tables.")
     parser.add_argument("results", type=Path)
-    results = parser.parse_args(arguments).results
-    if not results.is_file():
-        fail(f"{results}: no such file: evaluate.py TASK ... --results {results} makes it")
-    print(tables(results))
+    parser.add_argument("--baseline", default="ALL", help="row that every other one is compared to (default: ALL)")
+    args = parser.parse_args(arguments)
+    if not args.results.is_file():
+        fail(f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it")
+    print(tables(args.results, args.baseline))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from common.files import fail
 
 COLUMNS = ["task", "name", "encoder", "protocol", "seed", "train", "val", "test", "auc", "f1", "accuracy", "seconds",
            "slices", "steps", "pretrain_seconds", "settings"]  # fmt: skip
-BASELINE = "all"  # every row is compared to the row of this name, in any case
 BUDGET = "Hash-6"  # rows that kept as many slices as this one make a table of their own
 
 ABSTRACT = [("COVID-CT", "0.78", "0.83"), ("OrganSMNIST", "0.97", "0.98"), ("brain haemorrhage", "0.73", "0.83")]
@@ -49,23 +48,26 @@ def scores_folder(results):
     return results.with_name(f"{results.stem}-scores")
 
 
-def tables(results):
-    """All tables of a results.csv as one Markdown text."""
+def tables(results, baseline="ALL"):
+    """All tables of a results.csv as one Markdown text; every row is compared to the one named baseline, in any case."""
     rows = read_results(results)
     if not rows:
         fail(f"{results}: holds no results")
-    parts = [protocol_tables(results, rows, protocol) for protocol in unique(row["protocol"] for row in rows)]
+    names = unique(row["name"] for row in rows)
+    if baseline != "ALL" and baseline.lower() not in [name.lower() for name in names]:
+        fail(f"{results}: holds no row {baseline} to compare to: it has {', '.join(names)}")
+    parts = [protocol_tables(results, rows, protocol, baseline) for protocol in unique(row["protocol"] for row in rows)]
     return "\n\n".join([*parts, paper_tables()])
 
 
-def protocol_tables(results, rows, protocol):
-    """The tables of one protocol: AUC with cost; the same at an equal budget and at equal steps; difference to ALL; F1 and
-    accuracy; every seed; settings."""
+def protocol_tables(results, rows, protocol, baseline):
+    """The tables of one protocol: AUC with cost; the same at an equal budget and at equal steps; difference to the
+    baseline; F1 and accuracy; every seed; settings."""
     rows = [row for row in rows if row["protocol"] == protocol]
     tasks, names = unique(row["task"] for row in rows), unique(row["name"] for row in rows)
     cells = {(n, t): [row for row in rows if row["name"] == n and row["task"] == t] for n in names for t in tasks}
     draws = {key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()}
-    base = next((name for name in names if name.lower() == BASELINE), None)
+    base = next((name for name in names if name.lower() == baseline.lower()), None)
     costs = {name: cost(rows, name, base) for name in names}
     main, others, seeds = {}, [], []
     for name in names:
@@ -83,7 +85,7 @@ def protocol_tables(results, rows, protocol):
         if len(equal) > 1:
             text += [f"### The same, of rows with as many {title} as {like}: {costs[like][column]}", markdown(head, equal)]
     compared = [name for name in names if base and name != base]
-    differences = {(n, t): paired_draws(draws[n, t], draws[base, t]) for n in compared for t in tasks}
+    differences = {(n, t): paired_draws(cells[n, t], draws[n, t], cells[base, t], draws[base, t]) for n in compared for t in tasks}
     if compared:
         differences = {key: found for key, found in differences.items() if found is not None}
         corrected = dict(zip(differences, auc.holm([auc.p_value(found) for found in differences.values()])))
@@ -93,8 +95,10 @@ def protocol_tables(results, rows, protocol):
     text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
     text += ["<details><summary>AUC of every seed</summary>", markdown(["row", *tasks], seeds), "</details>"]
     text += [f"Intervals and p: percentile bootstrap (Efron and Tibshirani 1993) over test images ({auc.DRAWS} draws, stratified by "
-             "class, the same images for both rows, AUC averaged over seeds); the spread over seeds is the SD, not part of "
-             f"the interval. Corrected p: Holm 1979, over the {len(differences)} differences of this table; \"may be chance\" "
+             "class, the same images for both rows, AUC averaged over seeds). The spread over seeds is the SD, not part of the "
+             "interval of an AUC; differences and their p cover it where a row has several pre-training runs: these are drawn "
+             "anew with the images (Beiden et al. 2000; with k runs (k - 1) / k of the variance between them). "
+             f"Corrected p: Holm 1979, over the {len(differences)} differences of this table; \"may be chance\" "
              "marks those of 0.05 or more. "
              "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
              "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
@@ -111,7 +115,7 @@ def seed_draws(results, row):
 
 
 def cost(rows, name, base):
-    """Slices kept, steps, pre-training time (mean over encoders) and speed-up over ALL, from the lines of results.csv."""
+    """Slices kept, steps, pre-training time (mean over encoders) and speed-up over the baseline, from the lines of results.csv."""
 
     def encoders(of):
         return {row["encoder"]: row for row in rows if row["name"] == of and row["slices"]}.values()
@@ -156,10 +160,15 @@ def p_text(p):
     return "p<0.001" if p < 0.001 else f"p={p:.3f}"
 
 
-def paired_draws(own, base):
-    """Draws of the difference, averaged over the seeds that both have; None where there are none."""
-    shared = [seed for seed in own if seed in base]
-    return np.mean([own[seed] - base[seed] for seed in shared], axis=0) if shared else None
+def paired_draws(own, own_draws, base, base_draws):
+    """Draws of the difference between two rows of results.csv lines, {seed: draws} of each: averaged over the seeds that
+    both have with the same pre-training runs, and then over those runs; None where they share no seed."""
+    encoders = {row["seed"]: row["encoder"] for row in base}
+    runs = {}
+    for row in own:
+        if (seed := row["seed"]) in encoders:
+            runs.setdefault((row["encoder"], encoders[seed]), []).append(own_draws[seed] - base_draws[seed])
+    return auc.over_runs(np.array([np.mean(draws, axis=0) for draws in runs.values()])) if runs else None
 
 
 def resolution(task, differences, base):

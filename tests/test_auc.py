@@ -56,3 +56,13 @@ def test_holm_is_that_of_a_plain_loop():
         expected[i] = largest
     assert np.allclose(auc.holm(p), [expected[i] for i in range(20)]) and auc.holm([]).size == 0
     assert np.allclose(auc.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+
+
+def test_over_runs_is_that_of_a_plain_loop():
+    draws = np.random.default_rng(0).normal(size=(3, 500))
+    drawn = np.random.default_rng(0).integers(3, size=(3, 500))
+    plain = [sum(draws[drawn[run, i], i] for run in range(3)) / 3 for i in range(500)]
+    np.testing.assert_allclose(auc.over_runs(draws), plain)
+    np.testing.assert_array_equal(auc.over_runs(draws[:1]), draws[0])
+    wide = draws + np.array([[-3.0], [0.0], [3.0]])  # runs that differ by much more than images do
+    assert np.var(auc.over_runs(wide)) == pytest.approx(9 * (2 / 3) / 3 + 1 / 3, rel=0.2)

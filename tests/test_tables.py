@@ -26,7 +26,7 @@ def made(tmp_path_factory):
             p = (np.round(p / p.max(), 2)).astype(np.float32)
             found[name, seed] = p
             row = dict.fromkeys(COLUMNS, "1") | {"task": "covid-ct", "name": name, "protocol": "linear", "seed": seed, "test": 80,
-                                                 "encoder": name, "slices": slices, "steps": steps}  # fmt: skip
+                                                 "encoder": f"{name}-{seed}" if "steps" in name else name, "slices": slices, "steps": steps}  # fmt: skip
             row["auc"] = roc_auc_score(labels, p)
             write_row(results, row, np.arange(80), labels, np.stack([1 - p, p], 1))
     return results, labels, found
@@ -55,6 +55,18 @@ def test_auc_interval_difference_and_p_are_those_of_a_plain_loop(made):
     low, high = np.percentile(differences, [2.5, 97.5])
     p = max(2 * min((differences <= 0).mean(), (differences >= 0).mean()), 1 / 2000)
     assert f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}] p{'<0.001' if p < 0.001 else f'={p:.3f}'}" in text
+
+
+def test_differences_cover_images_and_pretraining_runs(made):
+    """Hash-6-steps has a pre-training run for each seed: its difference to another baseline draws runs and images anew."""
+    results, _, scores = made
+    runs = [plain_draws(scores["Hash-6-steps", seed]) - plain_draws(scores["Random", seed]) for seed in range(2)]
+    drawn = np.random.default_rng(0).integers(2, size=(2, 2000))
+    differences = np.array([(runs[a][i] + runs[b][i]) / 2 for i, (a, b) in enumerate(drawn.T)])
+    low, high = np.percentile(differences, [2.5, 97.5])
+    assert f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]" in tables(results, "Random").split("### Difference to Random")[1]
+    with pytest.raises(SystemExit):
+        tables(results, "Nothing")
 
 
 def section(text, title):
