@@ -1,8 +1,10 @@
 """AUC, its confidence interval and paired differences by bootstrap over the test images. Knows no images, no torch."""
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
+from scipy.sparse import csr_array  # comes with scikit-learn
 from sklearn.metrics import accuracy_score, f1_score
 
 DRAWS = 2000
@@ -30,13 +32,16 @@ def weighted_auc(labels, probabilities, weights):
 
 def binary_auc(positive, scores, weights):
     """P(score of a positive > score of a negative), ties counting half: bool [n], [n], [draws, n] -> [draws]."""
-    order = np.argsort(scores, kind="stable")
-    scores, positive, weights = scores[order], positive[order], weights[:, order]
-    ties = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where each run of equal scores starts
-    up = np.add.reduceat(weights * positive, ties, axis=1)
-    down = np.add.reduceat(weights * ~positive, ties, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
-    return (up * below).sum(1) / (up.sum(1) * down.sum(1))
+    levels, level = np.unique(scores[positive], return_inverse=True)
+    negatives = np.flatnonzero(~positive)
+    halves = np.full(len(negatives), 0.5, np.result_type(weights, np.float32))
+    beaten = 0  # weight of the negatives below each level of a positive, half of those at it: [levels, draws]
+    for side in ("left", "right"):
+        first = np.searchsorted(levels, scores[negatives], side)  # the first level that counts a negative
+        sums = csr_array((halves, (first, negatives)), shape=(len(levels) + 1, len(scores))) @ weights.T
+        beaten = beaten + np.cumsum(sums[:-1], axis=0)
+    own = weights.T[positive]
+    return np.einsum("pd,pd->d", own, beaten[level], dtype=float) / own.sum(0, dtype=float) / weights.T[negatives].sum(0, dtype=float)
 
 
 def bootstrap(labels, probabilities, images, draws=DRAWS):
@@ -45,15 +50,21 @@ def bootstrap(labels, probabilities, images, draws=DRAWS):
     images: the images' numbers. The same images give the same samples whatever the scores, so that the draws of two
     encoders are paired.
     """
-    rng = np.random.default_rng(zlib.crc32(np.asarray(images, np.int64).tobytes()))
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    found = []
-    for start in range(0, draws, 200):  # in portions, for memory
-        weights = np.zeros((min(200, draws - start), len(labels)), np.float32)
-        for rows in members:
-            weights[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), len(weights))
-        found.append(weighted_auc(labels, probabilities, weights))
-    return np.concatenate(found)
+    weights = sample_weights(np.asarray(labels, np.int64).tobytes(), np.asarray(images, np.int64).tobytes(), draws)
+    portions = [weights[:, start : start + 200].T for start in range(0, draws, 200)]  # for memory
+    return np.concatenate([weighted_auc(labels, probabilities, portion) for portion in portions])
+
+
+@lru_cache(maxsize=8)  # most rows of a table are tested on the same images
+def sample_weights(labels, images, draws):
+    """How often each stratified sample holds each image: float32 [n, draws], from int64 labels and numbers as bytes."""
+    rng, labels = np.random.default_rng(zlib.crc32(images)), np.frombuffer(labels, np.int64)
+    weights = np.zeros((len(labels), draws), np.float32)
+    for start in range(0, draws, 200):
+        size = min(200, draws - start)
+        for rows in (np.flatnonzero(labels == label) for label in np.unique(labels)):
+            weights[rows, start : start + size] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size).T
+    return weights
 
 
 def interval(draws):
