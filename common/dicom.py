@@ -169,7 +169,7 @@ def check_decodes(dataset):
         raise Unusable("TransferSyntaxUID is missing, so the pixels cannot be decoded")
     try:
         available = get_decoder(syntax).is_available
-    except NotImplementedError:
+    except NotImplementedError:  # so pydicom answers for a syntax that it has no decoders of
         raise Unusable(f"transfer syntax {syntax.name[:64]} is not one of images") from None
     if not available:
         plug_in = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"

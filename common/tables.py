@@ -115,7 +115,7 @@ def seed_draws(results, row):
 
 
 def cost(rows, name, base):
-    """Slices kept, steps, pre-training time (mean over encoders) and speed-up over the baseline, from the lines of results.csv."""
+    """Slices kept, steps, pre-training time (mean over encoders) and speed-up over the baseline."""
 
     def encoders(of):
         return {row["encoder"]: row for row in rows if row["name"] == of and row["slices"]}.values()
