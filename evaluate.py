@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def main():
 
 def evaluate(args, task):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
-    settings, found = describe(args, task), {}  # found: features of each encoder
+    settings, probed = describe(args, task), {}  # probed: test probabilities of seeds to come, by linear
     report_duplicates(args, task)
     for source in args.encoder:  # a wrong file is refused before hours of training with the others
         load_encoder(source, args.arch, 0)
@@ -59,14 +60,13 @@ def evaluate(args, task):
             continue
         started = time.perf_counter()
         split = split_of(task, seed)
-        if args.protocol == "linear":
-            key = seed if source == "scratch" else source
-            if key not in found:
-                network, label = load_encoder(source, args.arch, seed), f"{args.name} features"
-                found[key] = np.concatenate(list(features(network, task.images, input_statistics(source), device, label)))
-            probabilities = linear(found[key], task.labels, split, seed)
-        else:
+        if args.protocol == "finetune":
             probabilities = finetune(load_encoder(source, args.arch, seed), task, split, seed, args, device)
+        else:
+            if seed not in probed:
+                same = [seed] if source == "scratch" else range(seed, args.seeds, len(args.encoder))
+                probed |= probe(source, task, same, args, device)
+            probabilities = probed.pop(seed)
         row |= {part: len(rows) for part, rows in split.items()} | pretraining(source)
         row |= {k: f"{v:.5f}" for k, v in auc.metrics(task.labels[split["test"]], probabilities).items()}
         row["seconds"] = f"{time.perf_counter() - started:.1f}"
@@ -130,6 +130,15 @@ def report_duplicates(args, task):
     print(f"{args.task}: {found} (dHash within {DUPLICATE_BITS} bits){example}; listed in {path}")
 
 
+def probe(source, task, seeds, args, device):
+    """{seed: test probabilities} of the linear probe: one encoder's features once, then its seeds side by side."""
+    network, label = load_encoder(source, args.arch, seeds[0]), f"{args.name} features"
+    found = np.concatenate(list(features(network, task.images, input_statistics(source), device, label)))
+    # one BLAS thread a seed: on these matrices more threads cost more than they bring, 2 to 9 times on 2 cores
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(seeds, pool.map(lambda seed: linear(found, task.labels, split_of(task, seed), seed), seeds)))
+
+
 def linear(features, labels, split, seed):
     """Logistic regression on standardised frozen features; C by validation AUC. Test probabilities [n, classes].
 
@@ -144,12 +153,11 @@ def linear(features, labels, split, seed):
     scaled = StandardScaler().fit(features[train]).transform(features)
     model = LogisticRegression(max_iter=2000, warm_start=True, tol=1e-4 if n < 5000 else 1e-3)
     best, best_auc = None, -1.0
-    with threadpool_limits(1):  # on small matrices BLAS threads cost more than they bring: 2 to 9 times, on 2 cores
-        for c in C_GRID:
-            model.set_params(C=c).fit(scaled[train], labels[train])
-            value = auc.metrics(labels[split["val"]], model.predict_proba(scaled[split["val"]]))["auc"]
-            if value > best_auc:
-                best, best_auc = model.predict_proba(scaled[split["test"]]), value
+    for c in C_GRID:
+        model.set_params(C=c).fit(scaled[train], labels[train])
+        value = auc.metrics(labels[split["val"]], model.predict_proba(scaled[split["val"]]))["auc"]
+        if value > best_auc:
+            best, best_auc = model.predict_proba(scaled[split["test"]]), value
     return best
 
 

@@ -1,10 +1,12 @@
 """evaluate.py: which encoder a seed takes, and the features of the linear probe."""
 
 import numpy as np
+import pytest
 import torch
+from torchvision.transforms import Normalize
 
 from common import toy
-from common.encoder import encoder_hash, features, load_encoder
+from common.encoder import IMAGENET_STATISTICS, encoder_hash, features, load_encoder
 from common.tables import read_results
 
 
@@ -23,13 +25,14 @@ def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, here)
     assert "leaves some of the 3 encoders unused" in stopped(*common, 2)
 
 
-def test_features_are_those_of_the_plain_forward():
+@pytest.mark.parametrize("statistics", [((0.5,) * 3, (0.5,) * 3), IMAGENET_STATISTICS])
+def test_features_are_those_of_the_plain_forward(statistics):
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32), dtype=np.uint8)
     network = load_encoder("scratch", "resnet18", 0).train()
     network(torch.rand(16, 3, 32, 32))  # batch norm with statistics of its own
+    colours = torch.from_numpy(images).float().div(255)[:, None].expand(-1, 3, -1, -1)
     with torch.inference_mode():
-        grey = torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)[:, None].expand(-1, 3, -1, -1)
-        expected = network.eval()(grey).numpy()
+        expected = network.eval()(Normalize(*statistics)(colours)).numpy()
     cpu = torch.device("cpu")
-    found = [np.concatenate(list(features(network, images, (0.5, 0.5), cpu, ""))) for _ in range(2)]
+    found = [np.concatenate(list(features(network, images, statistics, cpu, ""))) for _ in range(2)]
     assert np.abs(found[0] - expected).max() < 1e-5 * np.abs(expected).max() and np.array_equal(*found)
