@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import imagehash
@@ -257,7 +258,8 @@ def test_a_second_run_in_the_same_folder_stops(made, stopped):
 
 def test_ctrl_c_ends_with_one_line(made, tmp_path):
     command = [sys.executable, "pretrain.py", made[0] / "store" / "hash-6.csv", tmp_path / "run", "--epochs", 9999, *TINY]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start with it ignored
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     while not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
