@@ -46,60 +46,119 @@ def main():
 
 
 def evaluate(args, task):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
-    settings, probed = describe(args, task), {}  # probed: test probabilities of seeds to come, by linear
+    device = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if args.device == "auto"
+        else torch.device(args.device)
+    )
+    settings, probed = (
+        describe(args, task),
+        {},
+    )  # probed: test probabilities of seeds to come, by linear
     report_duplicates(args, task)
     for source in args.encoder:  # a wrong file is refused before hours of training with the others
         load_encoder(source, args.arch, 0)
     for seed in range(args.seeds):
         source = args.encoder[seed % len(args.encoder)]
-        row = {"task": args.task, "name": args.name, "encoder": encoder_hash(source), "protocol": args.protocol,
-               "seed": seed, "settings": settings}  # fmt: skip
+        row = {
+            "task": args.task,
+            "name": args.name,
+            "encoder": encoder_hash(source),
+            "protocol": args.protocol,
+            "seed": seed,
+            "settings": settings,
+        }
         if is_done(args.results, row):
             print(f"{args.task} {args.name} {args.protocol} seed {seed}: done before")
             continue
         started = time.perf_counter()
         split = split_of(task, seed)
         if args.protocol == "finetune":
-            probabilities = finetune(load_encoder(source, args.arch, seed), task, split, seed, args, device)
+            probabilities = finetune(
+                load_encoder(source, args.arch, seed), task, split, seed, args, device
+            )
         else:
             if seed not in probed:
                 same = [seed] if source == "scratch" else range(seed, args.seeds, len(args.encoder))
                 probed |= probe(source, task, same, args, device)
             probabilities = probed.pop(seed)
         row |= {part: len(rows) for part, rows in split.items()} | pretraining(source)
-        row |= {k: f"{v:.5f}" for k, v in auc.metrics(task.labels[split["test"]], probabilities).items()}
+        row |= {
+            k: f"{v:.5f}" for k, v in auc.metrics(task.labels[split["test"]], probabilities).items()
+        }
         row["seconds"] = f"{time.perf_counter() - started:.1f}"
         write_row(args.results, row, split["test"], task.labels[split["test"]], probabilities)
-        print(f"{args.task} {args.name} {args.protocol} seed {seed}: AUC {row['auc']}  F1 {row['f1']}  accuracy {row['accuracy']}")
+        print(
+            f"{args.task} {args.name} {args.protocol} seed {seed}: AUC {row['auc']}  F1 {row['f1']}  accuracy {row['accuracy']}"
+        )
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables results.csv")
-    add("data", type=Path, metavar="DATA", help="the task's folder (organ and the toy tasks: or its npz)")
-    add("--encoder", required=True, nargs="+", help="encoder.pt, scratch or imagenet; several (seeds of pre-training) take turns")
+    add(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="the task's folder (organ and the toy tasks: or its npz)",
+    )
+    add(
+        "--encoder",
+        required=True,
+        nargs="+",
+        help="encoder.pt, scratch or imagenet; several (seeds of pre-training) take turns",
+    )
     add("--results", type=Path, required=True, help="CSV to add lines to")
-    add("--name", help="row of the tables (default: the encoder's folder); the row named ALL is the one compared to")
-    add("--protocol", choices=["finetune", "linear"], default="finetune",
-        help="finetune: the paper's; linear: logistic regression on frozen features")  # fmt: skip
-    add("--seeds", type=int, default=5, help="lines: each its own head and order (finetune), nine tenths of the training "
-        "images (linear), random weights (scratch) and split (head-ct)")  # fmt: skip
+    add(
+        "--name",
+        help="row of the tables (default: the encoder's folder); the row named ALL is the one compared to",
+    )
+    add(
+        "--protocol",
+        choices=["finetune", "linear"],
+        default="finetune",
+        help="finetune: the paper's; linear: logistic regression on frozen features",
+    )
+    add(
+        "--seeds",
+        type=int,
+        default=5,
+        help="lines: each its own head and order (finetune), nine tenths of the training "
+        "images (linear), random weights (scratch) and split (head-ct)",
+    )
     add("--arch", choices=simclr.ARCHS, default="resnet50", help="default: the paper's")
-    add("--size", type=int, default=224, help="side of an image in pixels (default: the paper's 224)")
+    add(
+        "--size",
+        type=int,
+        default=224,
+        help="side of an image in pixels (default: the paper's 224)",
+    )
     add("--epochs", type=int, default=70, help="finetune: default: the paper's 70")
-    add("--freeze-epochs", type=int, default=10, help="finetune: encoder frozen, but for batch norm; default: the paper's 10")
+    add(
+        "--freeze-epochs",
+        type=int,
+        default=10,
+        help="finetune: encoder frozen, but for batch norm; default: the paper's 10",
+    )
     add("--lr", type=float, default=1e-4, help="finetune: Adam; default: the paper's 1e-4")
     add("--weight-decay", type=float, default=5e-4, help="finetune: default: the paper's 5e-4")
     add("--batch-size", type=int, default=64, help="finetune: default: the paper's 64")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
-    args.name = args.name or (args.encoder[0] if args.encoder[0] in ("scratch", "imagenet") else Path(args.encoder[0]).parent.name)
+    args.name = args.name or (
+        args.encoder[0]
+        if args.encoder[0] in ("scratch", "imagenet")
+        else Path(args.encoder[0]).parent.name
+    )
     if not re.fullmatch(r"[\w.+-]+", args.name):
         fail(f"--name {args.name}: use letters, digits and . + - _ only: it names files")
     if args.seeds < len(args.encoder):
-        fail(f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: give at least as many seeds")
+        fail(
+            f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: give at least as many seeds"
+        )
     return args
 
 
@@ -133,10 +192,19 @@ def report_duplicates(args, task):
 def probe(source, task, seeds, args, device):
     """{seed: test probabilities} of the linear probe: one encoder's features once, then its seeds side by side."""
     network, label = load_encoder(source, args.arch, seeds[0]), f"{args.name} features"
-    found = np.concatenate(list(features(network, task.images, input_statistics(source), device, label)))
+    found = np.concatenate(
+        list(features(network, task.images, input_statistics(source), device, label))
+    )
     # one BLAS thread a seed: on these matrices more threads cost more than they bring, 2 to 9 times on 2 cores
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(seeds, pool.map(lambda seed: linear(found, task.labels, split_of(task, seed), seed), seeds)))
+        return dict(
+            zip(
+                seeds,
+                pool.map(
+                    lambda seed: linear(found, task.labels, split_of(task, seed), seed), seeds
+                ),
+            )
+        )
 
 
 def linear(features, labels, split, seed):
@@ -168,9 +236,13 @@ def finetune(encoder, task, split, seed, args, device):
     """
     torch.manual_seed(seed)
     width = encoder(torch.zeros(2, 3, 64, 64)).shape[1]
-    model = nn.Sequential(encoder, nn.Linear(width, task.classes)).to(device, memory_format=torch.channels_last)
+    model = nn.Sequential(encoder, nn.Linear(width, task.classes)).to(
+        device, memory_format=torch.channels_last
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    norms = {id(p) for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    norms = {
+        id(p) for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    }
     labels = torch.from_numpy(task.labels)
     generator = torch.Generator().manual_seed(seed)
     train = torch.from_numpy(split["train"])
@@ -179,7 +251,9 @@ def finetune(encoder, task, split, seed, args, device):
         for p in encoder.parameters():
             p.requires_grad_(epoch >= args.freeze_epochs or id(p) in norms)
         model.train()
-        for rows in train[torch.randperm(len(train), generator=generator)].tensor_split(-(-len(train) // args.batch_size)):
+        for rows in train[torch.randperm(len(train), generator=generator)].tensor_split(
+            -(-len(train) // args.batch_size)
+        ):
             inputs = network_input(task, rows, device, task.mean, task.std)
             if task.vertical_flip:
                 flip = torch.rand(len(rows), generator=generator) < 0.5
@@ -188,7 +262,9 @@ def finetune(encoder, task, split, seed, args, device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        accuracy = (predict(model, task, split["val"], device).argmax(1) == task.labels[split["val"]]).mean()
+        accuracy = (
+            predict(model, task, split["val"], device).argmax(1) == task.labels[split["val"]]
+        ).mean()
         if accuracy > best_accuracy:
             best_accuracy = accuracy
             best = {key: value.clone() for key, value in model.state_dict().items()}
@@ -200,11 +276,18 @@ def finetune(encoder, task, split, seed, args, device):
 def predict(model, task, rows, device):
     model.eval()
     batches = torch.from_numpy(rows).split(256)
-    return torch.cat([model(network_input(task, b, device, task.mean, task.std)).softmax(1).cpu() for b in batches]).numpy()
+    return torch.cat(
+        [
+            model(network_input(task, b, device, task.mean, task.std)).softmax(1).cpu()
+            for b in batches
+        ]
+    ).numpy()
 
 
 def network_input(task, rows, device, mean, std):
-    return simclr.to_input(torch.from_numpy(task.images[rows.numpy()]).to(device).float() / 255, mean, std)
+    return simclr.to_input(
+        torch.from_numpy(task.images[rows.numpy()]).to(device).float() / 255, mean, std
+    )
 
 
 def pretraining(source):
@@ -214,11 +297,17 @@ def pretraining(source):
         return {"slices": "", "steps": "", "pretrain_seconds": ""}
     first, *epochs = [json.loads(line) for line in log.read_text().splitlines()]
     seconds = sum(line["seconds"] for line in epochs)
-    return {"slices": first["settings"]["slices"], "steps": first["settings"]["steps"], "pretrain_seconds": f"{seconds:.1f}"}
+    return {
+        "slices": first["settings"]["slices"],
+        "steps": first["settings"]["steps"],
+        "pretrain_seconds": f"{seconds:.1f}",
+    }
 
 
 def is_done(results, row):
-    return any(all(old[key] == str(value) for key, value in row.items()) for old in read_results(results))
+    return any(
+        all(old[key] == str(value) for key, value in row.items()) for old in read_results(results)
+    )
 
 
 def write_row(results, row, images, labels, probabilities):
@@ -237,12 +326,18 @@ def write_row(results, row, images, labels, probabilities):
 
 
 def print_tables(arguments):
-    parser = argparse.ArgumentParser(prog="evaluate.py tables", description="Print results.csv as Markdown tables.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py tables", description="Print results.csv as Markdown tables."
+    )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--baseline", default="ALL", help="row that every other one is compared to (default: ALL)")
+    parser.add_argument(
+        "--baseline", default="ALL", help="row that every other one is compared to (default: ALL)"
+    )
     args = parser.parse_args(arguments)
     if not args.results.is_file():
-        fail(f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it")
+        fail(
+            f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it"
+        )
     print(tables(args.results, args.baseline))
 
 

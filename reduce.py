@@ -35,7 +35,13 @@ from common.files import fail, only_one, run_script, versions, whole_file
 from common.sheet import contact_sheet
 from common.store import check_folders, open_or_build_store
 
-DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}  # see above
+DEFAULT_THRESHOLDS = {
+    "hash": 6,
+    "ssim": 0.7,
+    "mi": 0.45,
+    "embedding": 0.997,
+    "every-n": 8,
+}  # see above
 
 
 def main():
@@ -58,45 +64,86 @@ def reduce(args):
     write_selection(args.out / f"{name}.csv", representative, similar)
     with whole_file(args.out / f"{name}.png") as file:
         contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
-    seconds = {"store": stored - started, "select": selected - stored, "write": time.perf_counter() - selected}
+    seconds = {
+        "store": stored - started,
+        "select": selected - stored,
+        "write": time.perf_counter() - selected,
+    }
     write_summary(args, name, threshold, store, kept, seconds)
-    by = f" by threshold {threshold}, which comes closest to {args.keep:g}" if args.keep and threshold is not None else ""
-    print(f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%}){by} -> {args.out / name}.csv")
+    by = (
+        f" by threshold {threshold}, which comes closest to {args.keep:g}"
+        if args.keep and threshold is not None
+        else ""
+    )
+    print(
+        f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%}){by} -> {args.out / name}.csv"
+    )
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="tree of DICOM series and/or PNG or JPEG slices")
     add("out", type=Path, metavar="OUT", help="folder for the slice store and the selections")
-    add("--strategy", required=True, choices=["all", "every-n", "random", "hash", "ssim", "mi", "embedding"])
+    add(
+        "--strategy",
+        required=True,
+        choices=["all", "every-n", "random", "hash", "ssim", "mi", "embedding"],
+    )
     add("--threshold", type=float, help="T of the table above")
-    add("--keep", type=float, help="budget instead of a threshold: share of slices to keep (default of random: 0.1)")
-    add("--scope", choices=["volume", "dataset"], default="volume",
-        help="select within each volume (paper) or over all volumes at once (the drafts' HashAll)")  # fmt: skip
-    add("--encoder", metavar="PATH|imagenet",
-        help="for embedding: an encoder.pt of pretrain.py, or torchvision's ImageNet ResNet-50 (downloaded)")  # fmt: skip
+    add(
+        "--keep",
+        type=float,
+        help="budget instead of a threshold: share of slices to keep (default of random: 0.1)",
+    )
+    add(
+        "--scope",
+        choices=["volume", "dataset"],
+        default="volume",
+        help="select within each volume (paper) or over all volumes at once (the drafts' HashAll)",
+    )
+    add(
+        "--encoder",
+        metavar="PATH|imagenet",
+        help="for embedding: an encoder.pt of pretrain.py, or torchvision's ImageNet ResNet-50 (downloaded)",
+    )
     add("--size", type=int, default=224, help="side of a stored slice in pixels")
-    add("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"),
-        help="clip to this HU window instead of min-max scaling each slice (ablation)")  # fmt: skip
+    add(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="clip to this HU window instead of min-max scaling each slice (ablation)",
+    )
     add("--seed", type=int, default=0, help="for random")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args()
     if args.threshold is not None and args.keep is not None:
         fail("--threshold and --keep exclude each other: give one")
     if args.threshold is not None and args.strategy in ("all", "random"):
-        fail(f"--strategy {args.strategy} has no threshold" + (": use --keep" if args.strategy == "random" else ""))
+        fail(
+            f"--strategy {args.strategy} has no threshold"
+            + (": use --keep" if args.strategy == "random" else "")
+        )
     if args.keep is not None and args.strategy == "all":
         fail("--strategy all keeps every slice: --keep needs another strategy")
     if args.keep is not None and not 0 < args.keep <= 1:
         fail(f"--keep {args.keep:g} is not a share: give a number above 0 and up to 1")
     if args.strategy in ("hash", "every-n") and args.threshold is not None:
-        if args.threshold != int(args.threshold) or args.threshold < (1 if args.strategy == "every-n" else 0):
-            fail(f"--threshold {args.threshold:g}: {args.strategy} needs a whole number of "
-                 + ("slices, 1 or more" if args.strategy == "every-n" else "bits"))  # fmt: skip
+        if args.threshold != int(args.threshold) or args.threshold < (
+            1 if args.strategy == "every-n" else 0
+        ):
+            fail(
+                f"--threshold {args.threshold:g}: {args.strategy} needs a whole number of "
+                + ("slices, 1 or more" if args.strategy == "every-n" else "bits")
+            )
         args.threshold = int(args.threshold)
     if args.strategy in ("ssim", "mi") and args.scope == "dataset":
-        fail(f"--scope dataset is for all, every-n, random, hash and embedding: {args.strategy} would take too long")
+        fail(
+            f"--scope dataset is for all, every-n, random, hash and embedding: {args.strategy} would take too long"
+        )
     if (args.strategy == "embedding") != (args.encoder is not None):
         fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
     if args.size < 1:
@@ -118,13 +165,21 @@ def select(args, store):
             "all": lambda n, count: np.arange(n),
             "random": lambda n, count: reduction.select_random(n, count, rng),
             "every-n": lambda n, count: (
-                reduction.select_evenly(n, count) if args.keep else reduction.select_every(n, args.threshold)
+                reduction.select_evenly(n, count)
+                if args.keep
+                else reduction.select_every(n, args.threshold)
             ),
         }[args.strategy]
         representative = join(groups, [chosen(n, count) for n, count in zip(sizes, budget)])
-        return representative, reduction.hamming(store.hashes, store.hashes[representative]), args.threshold
+        return (
+            representative,
+            reduction.hamming(store.hashes, store.hashes[representative]),
+            args.threshold,
+        )
 
-    pick = {"hash": by_hash, "ssim": by_pairs, "mi": by_pairs, "embedding": by_embedding}[args.strategy](args, store, groups)
+    pick = {"hash": by_hash, "ssim": by_pairs, "mi": by_pairs, "embedding": by_embedding}[
+        args.strategy
+    ](args, store, groups)
     pick = lru_cache(8)(pick)  # the search mostly ends near the threshold it chooses
     threshold = threshold_for(args, groups, pick) if args.keep else args.threshold
     return *pick(threshold), threshold
@@ -134,7 +189,9 @@ def by_hash(args, store, groups):
     """pick(threshold) -> (representative row, bits that differ) of every row, by dHash."""
 
     def pick(threshold):
-        representative = join(groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups])
+        representative = join(
+            groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups]
+        )
         return representative, reduction.hamming(store.hashes, store.hashes[representative])
 
     return pick
@@ -149,7 +206,9 @@ def by_pairs(args, store, groups):
         work = partial(select_volume, store.path, args.strategy, threshold)
         with worker_pool(args.workers) as pool, slice_bar(args.strategy, threshold, groups) as bar:
             found = []
-            for representative, measured in in_order(pool, work, [(rows[0], rows[-1] + 1) for rows in groups]):
+            for representative, measured in in_order(
+                pool, work, [(rows[0], rows[-1] + 1) for rows in groups]
+            ):
                 found.append((representative, measured))
                 bar.update(len(measured))
         return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
@@ -175,7 +234,9 @@ def by_embedding(args, store, groups):
         with threadpool_limits(1), slice_bar(args.strategy, threshold, groups) as bar:
             for rows in groups:
                 measure = similarity.cosine(np.load(path, mmap_mode="r")[rows])
-                found.append(reduction.greedy(len(rows), measure, lambda values: values >= threshold))
+                found.append(
+                    reduction.greedy(len(rows), measure, lambda values: values >= threshold)
+                )
                 bar.update(len(rows))
         return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
 
@@ -225,12 +286,19 @@ def write_selection(path, representative, similar):
     with whole_file(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "kept", "representative", "similarity"])
-        writer.writerows((row, int(row == r), r, s) for row, (r, s) in enumerate(zip(representative, rounded)))
+        writer.writerows(
+            (row, int(row == r), r, s) for row, (r, s) in enumerate(zip(representative, rounded))
+        )
 
 
 def write_summary(args, name, threshold, store, kept, seconds):
-    settings = {key: value for key, value in vars(args).items() if key not in ("data", "out", "workers")}
-    per_volume = {n: {"slices": len(rows), "kept": int(kept[rows].sum())} for n, rows in zip(store.names, store.volumes)}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("data", "out", "workers")
+    }
+    per_volume = {
+        n: {"slices": len(rows), "kept": int(kept[rows].sum())}
+        for n, rows in zip(store.names, store.volumes)
+    }
     summary = {
         "name": name,
         "settings": settings | {"threshold": threshold},

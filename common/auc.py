@@ -37,11 +37,20 @@ def binary_auc(positive, scores, weights):
     halves = np.full(len(negatives), 0.5, np.result_type(weights, np.float32))
     beaten = 0  # weight of the negatives below each level of a positive, half of those at it: [levels, draws]
     for side in ("left", "right"):
-        first = np.searchsorted(levels, scores[negatives], side)  # the first level that counts a negative
-        sums = csr_array((halves, (first, negatives)), shape=(len(levels) + 1, len(scores))) @ weights.T
+        first = np.searchsorted(
+            levels, scores[negatives], side
+        )  # the first level that counts a negative
+        sums = (
+            csr_array((halves, (first, negatives)), shape=(len(levels) + 1, len(scores)))
+            @ weights.T
+        )
         beaten = beaten + np.cumsum(sums[:-1], axis=0)
     own = weights.T[positive]
-    return np.einsum("pd,pd->d", own, beaten[level], dtype=float) / own.sum(0, dtype=float) / weights.T[negatives].sum(0, dtype=float)
+    return (
+        np.einsum("pd,pd->d", own, beaten[level], dtype=float)
+        / own.sum(0, dtype=float)
+        / weights.T[negatives].sum(0, dtype=float)
+    )
 
 
 def bootstrap(labels, probabilities, images, draws=DRAWS):
@@ -50,7 +59,9 @@ def bootstrap(labels, probabilities, images, draws=DRAWS):
     images: the images' numbers. The same images give the same samples whatever the scores, so that the draws of two
     encoders are paired.
     """
-    weights = sample_weights(np.asarray(labels, np.int64).tobytes(), np.asarray(images, np.int64).tobytes(), draws)
+    weights = sample_weights(
+        np.asarray(labels, np.int64).tobytes(), np.asarray(images, np.int64).tobytes(), draws
+    )
     portions = [weights[:, start : start + 200].T for start in range(0, draws, 200)]  # for memory
     return np.concatenate([weighted_auc(labels, probabilities, portion) for portion in portions])
 
@@ -63,7 +74,9 @@ def sample_weights(labels, images, draws):
     for start in range(0, draws, 200):
         size = min(200, draws - start)
         for rows in (np.flatnonzero(labels == label) for label in np.unique(labels)):
-            weights[rows, start : start + size] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size).T
+            weights[rows, start : start + size] = rng.multinomial(
+                len(rows), np.full(len(rows), 1 / len(rows)), size
+            ).T
     return weights
 
 
@@ -93,5 +106,7 @@ def holm(p_values):
     p_values = np.asarray(p_values, float)
     order = np.argsort(p_values)
     corrected = np.empty(len(p_values))
-    corrected[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
+    corrected[order] = np.maximum.accumulate(
+        p_values[order] * np.arange(len(p_values), 0, -1)
+    ).clip(max=1)
     return corrected

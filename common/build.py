@@ -35,12 +35,20 @@ def build_store(data, out, files, size, window, workers):
     with worker_pool(workers) as pool:
 
         def read_headers(read, paths):
-            headers = chain.from_iterable(in_order(pool, partial(on_each, read), batches(paths, 64)))
+            headers = chain.from_iterable(
+                in_order(pool, partial(on_each, read), batches(paths, 64))
+            )
             return tqdm(headers, "headers", len(paths), unit="file", disable=not paths)
 
         volumes, skipped, warnings = find_volumes(data, files, read_headers)
-        places = [(v.name, position, file) for v in volumes for file, position in zip(v.files, v.positions)]
-        jobs = ((Path(data, file), header) for v in volumes for file, header in zip(v.files, v.headers))
+        places = [
+            (v.name, position, file)
+            for v in volumes
+            for file, position in zip(v.files, v.positions)
+        ]
+        jobs = (
+            (Path(data, file), header) for v in volumes for file, header in zip(v.files, v.headers)
+        )
         decoded = in_order(pool, partial(decode, size=size, window=window), batches(jobs, BATCH))
         with tqdm(desc="slices", total=len(places), unit="slice", disable=not places) as progress:
             n, n_volumes = write_slices(data, out, places, decoded, progress, size, skipped)
@@ -53,17 +61,24 @@ def build_store(data, out, files, size, window, workers):
 
 def report(out, n, n_volumes, skipped, warnings):
     """What was found, on screen: a line a kind of reason for which files were skipped, and what is odd in the volumes."""
-    left_out = f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped" + (f", see {out / 'skipped.csv'}" if skipped else "")
+    left_out = f"{len(skipped)} file{'s' * (len(skipped) != 1)} skipped" + (
+        f", see {out / 'skipped.csv'}" if skipped else ""
+    )
     print(f"{n} slices of {n_volumes} volumes; {left_out}")
     kinds = {}
     for _, why in skipped:
         kinds.setdefault(re.split(":| as ", why)[0], []).append(why)
-    for reasons in sorted(kinds.values(), key=lambda found: ("pip install" in found[0], len(found)), reverse=True)[:SHOWN]:
+    for reasons in sorted(
+        kinds.values(), key=lambda found: ("pip install" in found[0], len(found)), reverse=True
+    )[:SHOWN]:
         print(f"  {len(reasons)} skipped: {reasons[0]}")
     for volume, text in warnings[:SHOWN]:
         print(f"warning: {volume}: {text}", file=sys.stderr)
     if len(warnings) > SHOWN:
-        print(f"warning: {len(warnings) - SHOWN} more of these: see {out / 'store.json'}", file=sys.stderr)
+        print(
+            f"warning: {len(warnings) - SHOWN} more of these: see {out / 'store.json'}",
+            file=sys.stderr,
+        )
 
 
 def worker_pool(workers):
@@ -78,9 +93,13 @@ def worker_pool(workers):
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    simplefilter("ignore")  # of pydicom about odd headers: they quote values, and what cannot be used is listed
+    simplefilter(
+        "ignore"
+    )  # of pydicom about odd headers: they quote values, and what cannot be used is listed
     threadpool_limits(1)
-    np.empty(2**24, np.uint8)  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
+    np.empty(
+        2**24, np.uint8
+    )  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
 
 
 def end_with_parent(parent):
@@ -101,7 +120,9 @@ def in_order(pool, work, jobs):
         while running:
             yield running.popleft().result()
     except BrokenProcessPool:
-        fail("a worker process was killed, most likely for want of memory: try again with --workers 1")
+        fail(
+            "a worker process was killed, most likely for want of memory: try again with --workers 1"
+        )
 
 
 def batches(items, size):
@@ -127,8 +148,12 @@ def decode(jobs, size, window):
             continue
         image, bits = Image.fromarray(slice8), dhash(slice8)
         if not pixels and bits != str(imagehash.dhash(image)):
-            fail("dHash differs from imagehash's: install the versions in requirements.txt, Pillow's above all")
-        pixels.append(image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0).tobytes())
+            fail(
+                "dHash differs from imagehash's: install the versions in requirements.txt, Pillow's above all"
+            )
+        pixels.append(
+            image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0).tobytes()
+        )
         found.append(bits)
     return b"".join(pixels), found
 
@@ -136,7 +161,10 @@ def decode(jobs, size, window):
 def write_slices(data, out, places, decoded, progress, size, skipped):
     """Write slices.npy and slices.csv in one pass; append to skipped. Returns the numbers of slices and volumes."""
     n, volumes, places = 0, set(), iter(places)
-    with whole_file(out / "slices.npy") as array_file, whole_file(out / "slices.csv", text=True) as csv_file:
+    with (
+        whole_file(out / "slices.npy") as array_file,
+        whole_file(out / "slices.csv", text=True) as csv_file,
+    ):
         write_npy_header(array_file, 0, size)
         csv_line(csv_file, COLUMNS)
         for pixels, found in decoded:
@@ -151,9 +179,14 @@ def write_slices(data, out, places, decoded, progress, size, skipped):
             progress.update(len(found))
         if n == 0:
             most = Counter(why for _, why in skipped).most_common(1)
-            fail(f"{data}: no CT slice found" + (f"; {len(skipped)} files skipped, most: {most[0][0]}" if most else ""))
+            fail(
+                f"{data}: no CT slice found"
+                + (f"; {len(skipped)} files skipped, most: {most[0][0]}" if most else "")
+            )
         array_file.seek(0)
-        write_npy_header(array_file, n, size)  # same length: NumPy leaves room for the first axis to grow
+        write_npy_header(
+            array_file, n, size
+        )  # same length: NumPy leaves room for the first axis to grow
     return n, len(volumes)
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.dicom import MAX_PIXELS, Unusable, check_is_file, no_larger_than, read_header, read_stored, words
+from common.dicom import (
+    MAX_PIXELS,
+    Unusable,
+    check_is_file,
+    no_larger_than,
+    read_header,
+    read_stored,
+    words,
+)
 
 AIR_HU = -1000.0  # what padding outside the field of view becomes, see stored_to_hu
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
@@ -27,7 +35,9 @@ def read_slice(path, window=None, header=None):
             raise Unusable(header)
         return stored_to_uint8(read_stored(path, header.native), header, window)
     except Exception as error:  # whatever a broken file raises
-        raise Unusable(words(error) or f"pixels cannot be decoded: {' '.join(str(error).split())}") from error
+        raise Unusable(
+            words(error) or f"pixels cannot be decoded: {' '.join(str(error).split())}"
+        ) from error
 
 
 def read_image(path):
@@ -51,9 +61,13 @@ def stored_to_uint8(stored, header, window=None):
     if stored.dtype not in (np.int16, np.uint16):
         return scale_to_uint8(stored_to_hu(stored, header), window)
     low, high = int(stored.min()), int(stored.max())
-    index = stored.view(np.uint16) - np.uint16(low & 0xFFFF)  # wraps around where stored - low would overflow
+    index = stored.view(np.uint16) - np.uint16(
+        low & 0xFFFF
+    )  # wraps around where stored - low would overflow
     values = np.arange(low, high + 1)
-    if is_padding(values, header).any():  # which changes the smallest or largest HU, so only values that occur may count
+    if is_padding(
+        values, header
+    ).any():  # which changes the smallest or largest HU, so only values that occur may count
         values = np.flatnonzero(np.bincount(index.ravel())) + low
     table = np.zeros(high - low + 1, np.uint8)
     table[values - low] = scale_to_uint8(stored_to_hu(values, header), window)

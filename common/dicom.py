@@ -17,7 +17,9 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 PIXEL_DATA = b"\xe0\x7f\x10\x00"  # the tag (7FE0,0010), little endian
-MAX_PIXELS = 8192 * 8192  # of a slice: no CT has more, and a few damaged bytes can ask for all of the memory
+MAX_PIXELS = (
+    8192 * 8192
+)  # of a slice: no CT has more, and a few damaged bytes can ask for all of the memory
 SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM")  # in ImageType
 
 
@@ -58,7 +60,9 @@ def read_header(path):
         with open(path, "rb") as file:
             dataset = pydicom.dcmread(file, stop_before_pixels=True)
             check_is_slice(dataset)
-            native = native_pixels(dataset, file)  # first: padding_range converts an element that it reads raw
+            native = native_pixels(
+                dataset, file
+            )  # first: padding_range converts an element that it reads raw
             if not native:
                 check_decodes(dataset)
             axes = orientation(dataset)
@@ -77,8 +81,13 @@ def read_header(path):
             )
     except pydicom.errors.InvalidDicomError:
         return what_else(path)
-    except Exception as error:  # whatever a broken file raises; its own words could quote a patient's data
-        return words(error) or f"a DICOM header that cannot be read ({type(error).__name__}): damaged or cut short"
+    except (
+        Exception
+    ) as error:  # whatever a broken file raises; its own words could quote a patient's data
+        return (
+            words(error)
+            or f"a DICOM header that cannot be read ({type(error).__name__}): damaged or cut short"
+        )
 
 
 def check_is_file(path):
@@ -183,7 +192,9 @@ def orientation(dataset):
         return None
     lengths = [sum(value * value for value in axis) for axis in (axes[:3], axes[3:])]
     product = sum(a * b for a, b in zip(axes[:3], axes[3:]))
-    return tuple(axes) if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(product)) < 0.05 else None
+    return (
+        tuple(axes) if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(product)) < 0.05 else None
+    )
 
 
 def position_along_normal(dataset, axes):
@@ -200,7 +211,10 @@ def padding_range(dataset):
     """PixelPaddingValue, or its range, as stored values (lowest, highest); None where the tag is missing."""
     if dataset.get("PixelPaddingValue") is None:
         return None
-    limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit") or dataset.PixelPaddingValue]
+    limits = [
+        dataset.PixelPaddingValue,
+        dataset.get("PixelPaddingRangeLimit") or dataset.PixelPaddingValue,
+    ]
     if dataset.PixelRepresentation == 1:  # some scanners write -2000 as the unsigned 63536
         limits = [limit - 65536 if limit > 32767 else limit for limit in limits]
     return min(limits), max(limits)
@@ -212,8 +226,15 @@ def native_pixels(dataset, file):
     if syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
     keywords = ["Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation"]
-    rows, columns, allocated, bits, signed = found = [integer(dataset, keyword) for keyword in keywords]
-    if None in found or allocated != 16 or not 0 < bits <= 16 or integer(dataset, "SamplesPerPixel") != 1:
+    rows, columns, allocated, bits, signed = found = [
+        integer(dataset, keyword) for keyword in keywords
+    ]
+    if (
+        None in found
+        or allocated != 16
+        or not 0 < bits <= 16
+        or integer(dataset, "SamplesPerPixel") != 1
+    ):
         return None
     head = file.read(8 if syntax == ImplicitVRLittleEndian else 12)
     if head[:4] != PIXEL_DATA or int.from_bytes(head[-4:], "little") != rows * columns * 2:
@@ -245,7 +266,10 @@ def read_stored(path, native):
 @contextmanager
 def no_larger_than(pixels):
     """Pillow, which decodes for pydicom, refuses larger images: a damaged size in a JPEG 2000 stream took it minutes."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-pixels // 2)  # Pillow warns above this, and refuses above twice
+    before, Image.MAX_IMAGE_PIXELS = (
+        Image.MAX_IMAGE_PIXELS,
+        -(-pixels // 2),
+    )  # Pillow warns above this, and refuses above twice
     try:
         with catch_warnings():
             simplefilter("ignore", Image.DecompressionBombWarning)

@@ -15,9 +15,18 @@ from tqdm import tqdm
 from common.files import fail, whole_file
 from common.simclr import MEAN, STD, to_input
 
-LAYOUTS = ["", "model.", "encoder_q.", "online_network.encoder.", "module."]  # ours and SparK's; SwAV, MoCo, BYOL (official code)
+LAYOUTS = [
+    "",
+    "model.",
+    "encoder_q.",
+    "online_network.encoder.",
+    "module.",
+]  # ours and SparK's; SwAV, MoCo, BYOL (official code)
 STAGES = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of torchvision's input for its weights
+IMAGENET_STATISTICS = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean, std of torchvision's input for its weights
 
 
 def input_statistics(source):
@@ -37,21 +46,29 @@ def load_encoder(source, arch, seed):
         try:
             network = torchvision.models.get_model(arch, weights="IMAGENET1K_V1")
         except OSError as error:
-            fail(f"ImageNet weights of {arch} cannot be downloaded ({error}): put torchvision's file into "
-                 f"{torch.hub.get_dir()}/checkpoints, or give an encoder.pt")  # fmt: skip
+            fail(
+                f"ImageNet weights of {arch} cannot be downloaded ({error}): put torchvision's file into "
+                f"{torch.hub.get_dir()}/checkpoints, or give an encoder.pt"
+            )
     else:
         network = torchvision.models.get_model(arch, weights=None)
     network.fc = nn.Identity()
     if source not in ("imagenet", "scratch"):
         weights, own = read_weights(source), network.state_dict()
         # batch norm's counters are missing in old files and change nothing
-        missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+        missing = [
+            key for key in own if key not in weights and not key.endswith("num_batches_tracked")
+        ]
         foreign = [key for key in weights if key not in own and key.split(".")[0] in STAGES]
         unlike = [key for key in own if key in weights and weights[key].shape != own[key].shape]
         if missing or foreign or unlike:
-            fail(f"{source}: does not hold the weights of a {arch}: {(missing + foreign + unlike)[0]} is "
-                 f"{'missing' if missing else 'too much' if foreign else 'of another shape'}: is it another --arch?")  # fmt: skip
-        network.load_state_dict({key: value for key, value in weights.items() if key in own}, strict=False)
+            fail(
+                f"{source}: does not hold the weights of a {arch}: {(missing + foreign + unlike)[0]} is "
+                f"{'missing' if missing else 'too much' if foreign else 'of another shape'}: is it another --arch?"
+            )
+        network.load_state_dict(
+            {key: value for key, value in weights.items() if key in own}, strict=False
+        )
     return network
 
 
@@ -62,16 +79,26 @@ def read_weights(path):
     except FileNotFoundError:
         fail(f"{path}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
     except Exception:  # whatever a damaged file makes torch raise
-        fail(f"{path}: not a file of PyTorch weights, or damaged, or one that would have to run code to be read")
+        fail(
+            f"{path}: not a file of PyTorch weights, or damaged, or one that would have to run code to be read"
+        )
     for key in ("state_dict", "module"):  # Lightning's checkpoints, SparK's
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, torch.Tensor) for value in found.values()
+    ):
         fail(f"{path}: not a state_dict of tensors")
     for prefix in LAYOUTS:
         if f"{prefix}conv1.weight" in found:
-            return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-    fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {', '.join(filter(None, LAYOUTS))}")
+            return {
+                key.removeprefix(prefix): value
+                for key, value in found.items()
+                if key.startswith(prefix)
+            }
+    fail(
+        f"{path}: holds no ResNet: no conv1.weight, alone or under {', '.join(filter(None, LAYOUTS))}"
+    )
 
 
 def load_tensors(path):
@@ -123,7 +150,9 @@ def features(network, images, statistics, device, label):
         return network(to_input(grey, *statistics)).cpu().numpy()
 
     starts = range(0, len(images), size)
-    with ThreadPoolExecutor(threads if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(
+        threads if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         yield from tqdm(pool.map(forward, starts), label, len(starts), unit="batch")
     torch.set_num_threads(threads)
 
@@ -137,13 +166,17 @@ def embed(source, slices, folder):
     path = folder / f"features-{encoder_hash(source)}.npy"
     if path.exists():
         return path
-    basic = source not in ("imagenet", "scratch") and "layer1.0.conv3.weight" not in read_weights(source)
+    basic = source not in ("imagenet", "scratch") and "layer1.0.conv3.weight" not in read_weights(
+        source
+    )
     network = load_encoder(source, "resnet18" if basic else "resnet50", seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with whole_file(path) as file:
         for found in features(network, slices, input_statistics(source), device, "features"):
             if not file.tell():
                 shape = (len(slices), found.shape[1])
-                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+                )
             file.write(found.tobytes())
     return path

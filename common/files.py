@@ -19,7 +19,9 @@ def fail(message):
 def run_script(main):
     """Run a script's main(); Ctrl-C ends it with one line, since everything finished is on disk."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8 must not stop a run
+        stream.reconfigure(
+            errors="backslashreplace"
+        )  # names that are not UTF-8 must not stop a run
     try:
         main()
     except KeyboardInterrupt:
@@ -55,7 +57,11 @@ def whole_file(path, text=False):
     """Open a temporary file beside path for writing; rename it to path at the end of the block, or remove it on an error."""
     path = Path(path)
     temporary = path.with_name(path.name + UNFINISHED)
-    mode = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"} if text else {"mode": "wb"}
+    mode = (
+        {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        if text
+        else {"mode": "wb"}
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, **mode) as file:

@@ -7,8 +7,13 @@ from itertools import count
 import numpy as np
 import torch
 
-RESIDENT = 2e9  # bytes of slices that move to the device whole; of more, a part at a time is in memory
-BLOCK, PART = 32, 16_384  # slices: neighbours that stay together on disk; read at a time, 0.8 GB at 224 px
+RESIDENT = (
+    2e9  # bytes of slices that move to the device whole; of more, a part at a time is in memory
+)
+BLOCK, PART = (
+    32,
+    16_384,
+)  # slices: neighbours that stay together on disk; read at a time, 0.8 GB at 224 px
 
 
 def stream(slices, kept, batch_size, seed, start, device, rank=0, world=1):
@@ -38,7 +43,10 @@ def stream(slices, kept, batch_size, seed, start, device, rank=0, world=1):
         return wanted, slices[kept[wanted]]
 
     parts = math.ceil(per_epoch / per_part)
-    part, skip = start // per_epoch * parts + start % per_epoch // per_part, start % per_epoch % per_part
+    part, skip = (
+        start // per_epoch * parts + start % per_epoch // per_part,
+        start % per_epoch % per_part,
+    )
     if small:
         resident = torch.from_numpy(slices[kept]).to(device)
         for part in count(part):

@@ -26,7 +26,9 @@ def dhash(slice8):
 
 def lanczos(image, rows):
     """uint8 values [n, width], of any number type -> [rows, width] by Pillow's Lanczos filter, rounded and clipped."""
-    sums = lanczos_weights(len(image), rows) @ image.astype(np.float64)  # of whole numbers below 2**53: exact
+    sums = lanczos_weights(len(image), rows) @ image.astype(
+        np.float64
+    )  # of whole numbers below 2**53: exact
     return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
 
 
@@ -37,7 +39,9 @@ def lanczos_weights(source, target):
     stretch = max(scale, 1.0)
     centers = (np.arange(target)[:, None] + 0.5) * scale
     pixels = np.arange(source)
-    inside = (pixels >= np.trunc(centers - 3 * stretch + 0.5)) & (pixels < np.trunc(centers + 3 * stretch + 0.5))
+    inside = (pixels >= np.trunc(centers - 3 * stretch + 0.5)) & (
+        pixels < np.trunc(centers + 3 * stretch + 0.5)
+    )
     x = (pixels - centers + 0.5) / stretch
     weights = np.where(inside & (x >= -3) & (x < 3), np.sinc(x) * np.sinc(x / 3), 0)
     weights /= weights.sum(1, keepdims=True)
@@ -80,11 +84,18 @@ def select_hash_indexed(hashes, threshold):
     """select_hash for a whole data set: of t + 1 pieces of the hash, two hashes within t bits share at least one
     (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only slices that share a piece are compared."""
     n = len(hashes)
-    pieces = [piece_index(hashes, range(start, 64, threshold + 1)) for start in range(threshold + 1)]
+    pieces = [
+        piece_index(hashes, range(start, 64, threshold + 1)) for start in range(threshold + 1)
+    ]
     representative, remaining = np.arange(n), np.ones(n, bool)
     for first in range(n):
         if remaining[first]:
-            near = np.concatenate([order[edges[code[first]] : edges[code[first] + 1]] for code, order, edges in pieces])
+            near = np.concatenate(
+                [
+                    order[edges[code[first]] : edges[code[first] + 1]]
+                    for code, order, edges in pieces
+                ]
+            )
             near = near[remaining[near]]
             near = near[hamming(hashes[first], hashes[near]) <= threshold]
             representative[near] = first
@@ -121,7 +132,9 @@ def nearest_kept(n, kept):
     index = np.arange(n)
     after = np.clip(np.searchsorted(kept, index), 0, len(kept) - 1)
     before = np.clip(after - 1, 0, len(kept) - 1)
-    return np.where(np.abs(index - kept[before]) <= np.abs(kept[after] - index), kept[before], kept[after])
+    return np.where(
+        np.abs(index - kept[before]) <= np.abs(kept[after] - index), kept[before], kept[after]
+    )
 
 
 def share_out(sizes, keep):
@@ -148,7 +161,10 @@ def search_threshold(count, groups, total, target, guess):
     while target > groups:
         kept[guess] = count(guess)
         low, high = (guess, high) if kept[guess] < target else (low, guess)
-        if abs(kept[closest(kept, target)] - target) <= max(0.5, 1e-4 * total) or high - low <= 2e-7:
+        if (
+            abs(kept[closest(kept, target)] - target) <= max(0.5, 1e-4 * total)
+            or high - low <= 2e-7
+        ):
             break
         way = 0.5
         if len(kept) % 2:

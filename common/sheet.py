@@ -14,7 +14,9 @@ def contact_sheet(name, store, representative):
     over a strip along z, bright where a slice was kept and dark where it was dropped."""
     picked = np.unique(np.linspace(0, len(store.volumes) - 1, MAX_VOLUMES).round().astype(int))
     height = TITLE + TILE + LABEL + STRIP + GAP
-    sheet = Image.new("RGB", (GAP + COLUMNS * TILE + GAP, TITLE + GAP + len(picked) * height), "black")
+    sheet = Image.new(
+        "RGB", (GAP + COLUMNS * TILE + GAP, TITLE + GAP + len(picked) * height), "black"
+    )
     draw = ImageDraw.Draw(sheet)
     n = len(representative)
     kept = int((representative == np.arange(n)).sum())
@@ -28,19 +30,40 @@ def contact_sheet(name, store, representative):
 def draw_volume(sheet, draw, top, store, volume, representative):
     rows = store.volumes[volume]
     kept = rows[representative[rows] == rows]
-    write(draw, (GAP, top), f"...{store.names[volume][-32:]}: {len(kept)} of {len(rows)} slices kept", "white")
-    shown = kept[np.unique(np.linspace(0, len(kept) - 1, min(COLUMNS, len(kept))).round().astype(int))] if len(kept) else kept
+    write(
+        draw,
+        (GAP, top),
+        f"...{store.names[volume][-32:]}: {len(kept)} of {len(rows)} slices kept",
+        "white",
+    )
+    shown = (
+        kept[np.unique(np.linspace(0, len(kept) - 1, min(COLUMNS, len(kept))).round().astype(int))]
+        if len(kept)
+        else kept
+    )
     top += TITLE
     for column, row in enumerate(shown):
         left = GAP + column * TILE
-        sheet.paste(Image.fromarray(store.slices[row]).resize((TILE - 2, TILE - 2), Image.Resampling.BILINEAR), (left, top))
-        write(draw, (left, top + TILE - 1), f"z {np.searchsorted(rows, row)}  x{(representative == row).sum()}", "khaki")
+        sheet.paste(
+            Image.fromarray(store.slices[row]).resize(
+                (TILE - 2, TILE - 2), Image.Resampling.BILINEAR
+            ),
+            (left, top),
+        )
+        write(
+            draw,
+            (left, top + TILE - 1),
+            f"z {np.searchsorted(rows, row)}  x{(representative == row).sum()}",
+            "khaki",
+        )
     top += TILE + LABEL
     width = COLUMNS * TILE
     draw.rectangle((GAP, top, GAP + width - 1, top + STRIP - 1), fill=(70, 70, 70))
     for row in kept:
         left = GAP + np.searchsorted(rows, row) * width // len(rows)
-        draw.rectangle((left, top, left + max(1, width // len(rows) - 1), top + STRIP - 1), fill="gold")
+        draw.rectangle(
+            (left, top, left + max(1, width // len(rows) - 1), top + STRIP - 1), fill="gold"
+        )
 
 
 def write(draw, place, text, colour):

@@ -21,7 +21,10 @@ def build(arch, dimensions=128):
     width = encoder.fc.in_features
     encoder.fc = nn.Identity()
     head = nn.Sequential(
-        nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Linear(width, dimensions)
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, dimensions),
     )
     return nn.Sequential(encoder, head)
 
@@ -32,7 +35,11 @@ def to_input(grey, mean=MEAN, std=STD):
     mean, std: numbers, or one for each of the three channels.
     """
     mean, std = (torch.as_tensor(value, device=grey.device).view(-1, 1, 1) for value in (mean, std))
-    return ((grey.unsqueeze(1) - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    return (
+        ((grey.unsqueeze(1) - mean) / std)
+        .expand(-1, 3, -1, -1)
+        .contiguous(memory_format=torch.channels_last)
+    )
 
 
 def augment(slices, size, generator):
@@ -46,7 +53,9 @@ def augment(slices, size, generator):
     top, tall, left, wide = random_crop(n, generator)
     flip = draw(n, generator) < 0.5
     left, wide = torch.where(flip, left + wide, left), torch.where(flip, -wide, wide)
-    sigma = torch.where(draw(n, generator) < 0.5, draw(n, generator, 0.1, 2.0) * size / 224, 0)  # SimCLR's at 224 px
+    sigma = torch.where(
+        draw(n, generator) < 0.5, draw(n, generator, 0.1, 2.0) * size / 224, 0
+    )  # SimCLR's at 224 px
     top, tall, left, wide, sigma = torch.stack([top, tall, left, wide, sigma]).to(slices.device)
     blur = blur_matrix(sigma, size)
     rows = blur @ resize_matrix(top * height, tall * height, height, size)
@@ -74,9 +83,13 @@ def resize_matrix(start, length, source, size):
     Linear interpolation, widened to average when shrinking, as Pillow's and torchvision's antialiased resizing does.
     A negative length reads backwards, which flips.
     """
-    centers = start[:, None] + length[:, None] * (torch.arange(size, device=start.device) + 0.5) / size
+    centers = (
+        start[:, None] + length[:, None] * (torch.arange(size, device=start.device) + 0.5) / size
+    )
     support = (length.abs() / size).clamp(min=1)
-    distance = (torch.arange(source, device=start.device) + 0.5 - centers[:, :, None]).abs() / support[:, None, None]
+    distance = (
+        torch.arange(source, device=start.device) + 0.5 - centers[:, :, None]
+    ).abs() / support[:, None, None]
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(2, keepdim=True)
 
@@ -138,24 +151,36 @@ def parameter_groups(model, weight_decay):
     """Weights with decay; biases and batch norm without, and without LARS scaling (SimCLR)."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay, "adapt": True},
-            {"params": others, "weight_decay": 0.0, "adapt": False}]  # fmt: skip
+    return [
+        {"params": weights, "weight_decay": weight_decay, "adapt": True},
+        {"params": others, "weight_decay": 0.0, "adapt": False},
+    ]
 
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, tensor by tensor, to the norm of the weights (You et al. 2017)."""
 
     def __init__(self, groups, lr, momentum=0.9, trust=0.001):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True})
+        super().__init__(
+            groups,
+            {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True},
+        )
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
-            updates = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            updates = torch._foreach_add(
+                [p.grad for p in weights], weights, alpha=group["weight_decay"]
+            )
             if group["adapt"]:
-                norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
-                scales = torch.where((norms[0] > 0) & (norms[1] > 0), group["trust"] * norms[0] / norms[1], 1.0)
+                norms = (
+                    torch.stack(torch._foreach_norm(weights)),
+                    torch.stack(torch._foreach_norm(updates)),
+                )
+                scales = torch.where(
+                    (norms[0] > 0) & (norms[1] > 0), group["trust"] * norms[0] / norms[1], 1.0
+                )
                 torch._foreach_mul_(updates, list(scales))
             buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
             torch._foreach_mul_(buffers, group["momentum"])

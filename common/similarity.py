@@ -20,12 +20,16 @@ def ssim(slices):
     """
     n, size, _ = slices.shape
     inside = size - 2 * RADIUS
-    shifts = (32 * np.rint(slices.mean((1, 2)) / 32)).astype(np.int16)  # float32 covariances of values about 0 lose fewer
+    shifts = (32 * np.rint(slices.mean((1, 2)) / 32)).astype(
+        np.int16
+    )  # float32 covariances of values about 0 lose fewer
     # digits; in coarse steps, so that air, equal in neighbours, stays equal and its rounding errors cancel
     centered = slices - shifts[:, None, None]
     means, variances = np.empty((2, n, inside, inside), np.float32)  # of the centered slices
     product, rows = np.empty((size, size), np.float32), np.empty((inside, size), np.float32)
-    cov, m, mean_i = np.empty((3, inside, inside), np.float32)  # work space, made once: it stays in the processor's cache
+    cov, m, mean_i = np.empty(
+        (3, inside, inside), np.float32
+    )  # work space, made once: it stays in the processor's cache
 
     def covariance(x, mean, i):
         """cov = E[x y] - E[x] E[y] in every window, y being centered slice i."""
@@ -71,7 +75,11 @@ def filtered(image, rows, out):
 def filter_rows(image, out):
     for top in range(0, len(out), ROWS):
         piece = out[top : top + ROWS]
-        np.matmul(WINDOW[: len(piece), : len(piece) + 2 * RADIUS], image[top : top + len(piece) + 2 * RADIUS], out=piece)
+        np.matmul(
+            WINDOW[: len(piece), : len(piece) + 2 * RADIUS],
+            image[top : top + len(piece) + 2 * RADIUS],
+            out=piece,
+        )
 
 
 def window_matrix():
@@ -95,12 +103,16 @@ def mutual_information(slices):
     binned = (slices // (256 // BINS)).reshape(len(slices), -1)
     pixels = binned.shape[1]
     count = np.arange(pixels + 1.0)
-    plogp = -count / pixels * np.log(np.maximum(count, 1) / pixels)  # by count, so that no logarithm is taken twice
+    plogp = (
+        -count / pixels * np.log(np.maximum(count, 1) / pixels)
+    )  # by count, so that no logarithm is taken twice
     entropies = np.array([plogp[np.bincount(x, minlength=BINS)].sum() for x in binned])
 
     def measure(first, others):
         x = binned[first].astype(np.uint16) * BINS
-        joint = np.array([plogp[np.bincount(x + binned[other], minlength=BINS**2)].sum() for other in others])
+        joint = np.array(
+            [plogp[np.bincount(x + binned[other], minlength=BINS**2)].sum() for other in others]
+        )
         both = entropies[first] + entropies[others]
         shared = np.maximum(both - joint, 0)
         return np.divide(2 * shared, both, out=np.ones_like(both), where=both > 0)

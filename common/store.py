@@ -32,9 +32,13 @@ def check_folders(data, out):
     if not data.is_dir():
         fail(f"{data}: no such folder: DATA must be a folder that holds CT slices")
     if data.resolve() == out.resolve() or data.resolve() in out.resolve().parents:
-        fail(f"{out} lies inside {data}: choose an OUT elsewhere, or its pictures would count as slices")
+        fail(
+            f"{out} lies inside {data}: choose an OUT elsewhere, or its pictures would count as slices"
+        )
     if out.resolve() in data.resolve().parents:
-        fail(f"{data} lies inside {out}: choose an OUT of its own, so that deleting it deletes no data")
+        fail(
+            f"{data} lies inside {out}: choose an OUT of its own, so that deleting it deletes no data"
+        )
 
 
 def open_or_build_store(data, out, size, window, workers):
@@ -50,8 +54,14 @@ def open_or_build_store(data, out, size, window, workers):
         found = read_json(out / "store.json")
         changed = [key for key in made_from if found.get(key) != made_from[key]]
         if changed:
-            what = "the files of DATA (names, sizes or times)" if "fingerprint" in changed else ", ".join(changed)
-            fail(f"{out} was made from other input: {what} changed; give another OUT, or delete this one")
+            what = (
+                "the files of DATA (names, sizes or times)"
+                if "fingerprint" in changed
+                else ", ".join(changed)
+            )
+            fail(
+                f"{out} was made from other input: {what} changed; give another OUT, or delete this one"
+            )
     else:
         for old in out.glob("features-*.npy"):  # of a store that was deleted
             old.unlink()
@@ -83,7 +93,9 @@ def check_store(out):
         fail(f"{out}: holds no whole slice store: delete it and run reduce.py again")
     damaged = [name for name in expected if found.get(name) != expected[name]]
     if damaged:
-        fail(f"{out / damaged[0]}: damaged: it is not what reduce.py wrote; delete {out} and run reduce.py again")
+        fail(
+            f"{out / damaged[0]}: damaged: it is not what reduce.py wrote; delete {out} and run reduce.py again"
+        )
 
 
 def fingerprint(files):
@@ -106,9 +118,13 @@ def read_store(out):
                 names.append(line["volume"])
                 starts.append(n)
     if n + 1 != len(slices):
-        fail(f"{out}: slices.npy holds {len(slices)} slices, slices.csv {n + 1}; delete {out} to build it again")
+        fail(
+            f"{out}: slices.npy holds {len(slices)} slices, slices.csv {n + 1}; delete {out} to build it again"
+        )
     skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
-    return Store(out / "slices.npy", slices, hashes, names, np.split(np.arange(n + 1), starts[1:]), skipped)
+    return Store(
+        out / "slices.npy", slices, hashes, names, np.split(np.arange(n + 1), starts[1:]), skipped
+    )
 
 
 def read_json(path):
@@ -117,7 +133,9 @@ def read_json(path):
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        fail(f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run reduce.py again")
+        fail(
+            f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run reduce.py again"
+        )
     return found
 
 
@@ -143,7 +161,9 @@ def read_selection(path):
     if not path.is_file():
         fail(f"{path}: no such selection: make one with reduce.py")
     if not (path.parent / "slices.npy").is_file():
-        fail(f"{path}: no slices.npy beside it: a selection belongs in the folder where reduce.py wrote it")
+        fail(
+            f"{path}: no slices.npy beside it: a selection belongs in the folder where reduce.py wrote it"
+        )
     check_store(path.parent)
     slices = read_slices(path.parent)
     try:
@@ -155,13 +175,17 @@ def read_selection(path):
     except (KeyError, TypeError, ValueError, OverflowError):
         fail(f"{path}: not a selection: it needs the columns row and kept, in whole numbers")
     if not np.array_equal(rows, np.arange(len(slices))):
-        fail(f"{path}: must list the rows 0 to {len(slices) - 1} of slices.npy in order; make it again with reduce.py")
+        fail(
+            f"{path}: must list the rows 0 to {len(slices) - 1} of slices.npy in order; make it again with reduce.py"
+        )
     if not np.isin(kept, (0, 1)).all():
         fail(f"{path}: row {np.flatnonzero((kept != 0) & (kept != 1))[0]}: kept must be 0 or 1")
     if not kept.any():
         fail(f"{path}: keeps no slice")
     if not fits(path, lines):
-        fail(f"{path}: was made for another store than the one in {path.parent}; make it again with reduce.py")
+        fail(
+            f"{path}: was made for another store than the one in {path.parent}; make it again with reduce.py"
+        )
     return slices, np.flatnonzero(kept)
 
 
@@ -172,8 +196,12 @@ def fits(path, lines):
         if read_json(summary).get("store") not in (None, read_json(store)["crc32"]["slices.csv"]):
             return False
     try:
-        representative, bits = (np.array([int(line[key]) for line in lines]) for key in ("representative", "similarity"))
-        hashes = np.array([int(line["dhash"], 16) for line in read_lines(path.parent / "slices.csv")], np.uint64)
+        representative, bits = (
+            np.array([int(line[key]) for line in lines]) for key in ("representative", "similarity")
+        )
+        hashes = np.array(
+            [int(line["dhash"], 16) for line in read_lines(path.parent / "slices.csv")], np.uint64
+        )
         return np.array_equal(hamming(hashes, hashes[representative]), bits)
     except (KeyError, TypeError, ValueError):  # made by hand, or of another similarity
         return True

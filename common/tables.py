@@ -8,12 +8,35 @@ import numpy as np
 from common import auc
 from common.files import fail
 
-COLUMNS = ["task", "name", "encoder", "protocol", "seed", "train", "val", "test", "auc", "f1", "accuracy", "seconds",
-           "slices", "steps", "pretrain_seconds", "settings"]  # fmt: skip
+COLUMNS = [
+    "task",
+    "name",
+    "encoder",
+    "protocol",
+    "seed",
+    "train",
+    "val",
+    "test",
+    "auc",
+    "f1",
+    "accuracy",
+    "seconds",
+    "slices",
+    "steps",
+    "pretrain_seconds",
+    "settings",
+]
 BUDGET = "Hash-6"  # rows that kept as many slices as this one make a table of their own
 
-ABSTRACT = [("COVID-CT", "0.78", "0.83"), ("OrganSMNIST", "0.97", "0.98"), ("brain haemorrhage", "0.73", "0.83")]
-DRAFT_TASKS = {"covid-ct": 0, "head-ct": 2}  # first column of a task in DRAFT; head-ct stands in for the brain data
+ABSTRACT = [
+    ("COVID-CT", "0.78", "0.83"),
+    ("OrganSMNIST", "0.97", "0.98"),
+    ("brain haemorrhage", "0.73", "0.83"),
+]
+DRAFT_TASKS = {
+    "covid-ct": 0,
+    "head-ct": 2,
+}  # first column of a task in DRAFT; head-ct stands in for the brain data
 DRAFT = {  # AUC in %, drafts of the authors' charts: COVID after PET-CT, LIDC; brain after PET-CT, LIDC
     "scratch": (73.71, 73.71, 67.81, 67.81),
     "ALL": (77.51, 80.73, 72.66, 73.43),
@@ -34,7 +57,9 @@ def read_results(path):
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            fail(f"{path}: not a results file of evaluate.py: its columns must be {','.join(COLUMNS)}")
+            fail(
+                f"{path}: not a results file of evaluate.py: its columns must be {','.join(COLUMNS)}"
+            )
         return list(reader)
 
 
@@ -56,7 +81,10 @@ def tables(results, baseline="ALL"):
     names = unique(row["name"] for row in rows)
     if baseline != "ALL" and baseline.lower() not in [name.lower() for name in names]:
         fail(f"{results}: holds no row {baseline} to compare to: it has {', '.join(names)}")
-    parts = [protocol_tables(results, rows, protocol, baseline) for protocol in unique(row["protocol"] for row in rows)]
+    parts = [
+        protocol_tables(results, rows, protocol, baseline)
+        for protocol in unique(row["protocol"] for row in rows)
+    ]
     return "\n\n".join([*parts, paper_tables()])
 
 
@@ -65,43 +93,88 @@ def protocol_tables(results, rows, protocol, baseline):
     baseline; F1 and accuracy; every seed; settings."""
     rows = [row for row in rows if row["protocol"] == protocol]
     tasks, names = unique(row["task"] for row in rows), unique(row["name"] for row in rows)
-    cells = {(n, t): [row for row in rows if row["name"] == n and row["task"] == t] for n in names for t in tasks}
-    draws = {key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()}
+    cells = {
+        (n, t): [row for row in rows if row["name"] == n and row["task"] == t]
+        for n in names
+        for t in tasks
+    }
+    draws = {
+        key: {row["seed"]: seed_draws(results, row) for row in cell} for key, cell in cells.items()
+    }
     base = next((name for name in names if name.lower() == baseline.lower()), None)
     costs = {name: cost(rows, name, base) for name in names}
     main, others, seeds = {}, [], []
     for name in names:
         own = {task: draws[name, task] for task in tasks}
-        main[name] = [name, *costs[name], *(cell for t in tasks for cell in auc_cells(name, t, cells, own[t]))]
+        main[name] = [
+            name,
+            *costs[name],
+            *(cell for t in tasks for cell in auc_cells(name, t, cells, own[t])),
+        ]
         others.append([name, *(f1_cell(cells[name, t]) for t in tasks)])
-        seeds.append([name, *(" ".join(f"{float(row['auc']):.3f}" for row in cells[name, t]) for t in tasks)])
+        seeds.append(
+            [name, *(" ".join(f"{float(row['auc']):.3f}" for row in cells[name, t]) for t in tasks)]
+        )
     head = ["row", "slices", "steps", "pre-training", "speed-up"]
     for task in tasks:
         images = "/".join(unique(row["test"] for row in rows if row["task"] == task))
-        head += [f"{task} (n={images})"] + ["draft of the paper: PET-CT / LIDC"] * (task in DRAFT_TASKS)
-    text = [f"## {protocol}: AUC on the test images, mean over seeds ± SD, [95 % interval]", markdown(head, main.values())]
+        head += [f"{task} (n={images})"] + ["draft of the paper: PET-CT / LIDC"] * (
+            task in DRAFT_TASKS
+        )
+    text = [
+        f"## {protocol}: AUC on the test images, mean over seeds ± SD, [95 % interval]",
+        markdown(head, main.values()),
+    ]
     for title, column, like in [("slices", 0, BUDGET), ("optimiser steps", 1, base)]:
-        equal = [main[name] for name in names if like in costs and costs[name][column] == costs[like][column] != "-"]
+        equal = [
+            main[name]
+            for name in names
+            if like in costs and costs[name][column] == costs[like][column] != "-"
+        ]
         if len(equal) > 1:
-            text += [f"### The same, of rows with as many {title} as {like}: {costs[like][column]}", markdown(head, equal)]
+            text += [
+                f"### The same, of rows with as many {title} as {like}: {costs[like][column]}",
+                markdown(head, equal),
+            ]
     compared = [name for name in names if base and name != base]
-    differences = {(n, t): paired_draws(cells[n, t], draws[n, t], cells[base, t], draws[base, t]) for n in compared for t in tasks}
+    differences = {
+        (n, t): paired_draws(cells[n, t], draws[n, t], cells[base, t], draws[base, t])
+        for n in compared
+        for t in tasks
+    }
     if compared:
         differences = {key: found for key, found in differences.items() if found is not None}
-        corrected = dict(zip(differences, auc.holm([auc.p_value(found) for found in differences.values()])))
-        paired = [[n, *(difference_cell(differences.get((n, t)), corrected.get((n, t))) for t in tasks)] for n in compared]
-        text += [f"### Difference to {base}, paired by image, [95 % interval], p, corrected p", markdown(["row", *tasks], paired)]
-        text += [resolution(t, [differences[k] for k in differences if k[1] == t], cells[base, t]) for t in tasks]
+        corrected = dict(
+            zip(differences, auc.holm([auc.p_value(found) for found in differences.values()]))
+        )
+        paired = [
+            [n, *(difference_cell(differences.get((n, t)), corrected.get((n, t))) for t in tasks)]
+            for n in compared
+        ]
+        text += [
+            f"### Difference to {base}, paired by image, [95 % interval], p, corrected p",
+            markdown(["row", *tasks], paired),
+        ]
+        text += [
+            resolution(t, [differences[k] for k in differences if k[1] == t], cells[base, t])
+            for t in tasks
+        ]
     text += ["### F1 / accuracy, means over seeds", markdown(["row", *tasks], others)]
-    text += ["<details><summary>AUC of every seed</summary>", markdown(["row", *tasks], seeds), "</details>"]
-    text += [f"Intervals and p: percentile bootstrap (Efron and Tibshirani 1993) over test images ({auc.DRAWS} draws, stratified by "
-             "class, the same images for both rows, AUC averaged over seeds). The spread over seeds is the SD, not part of the "
-             "interval of an AUC; differences and their p cover it where a row has several pre-training runs: these are drawn "
-             "anew with the images (Beiden et al. 2000; with k runs (k - 1) / k of the variance between them). "
-             f"Corrected p: Holm 1979, over the {len(differences)} differences of this table; \"may be chance\" "
-             "marks those of 0.05 or more. "
-             "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
-             "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + "."]  # fmt: skip
+    text += [
+        "<details><summary>AUC of every seed</summary>",
+        markdown(["row", *tasks], seeds),
+        "</details>",
+    ]
+    text += [
+        f"Intervals and p: percentile bootstrap (Efron and Tibshirani 1993) over test images ({auc.DRAWS} draws, stratified by "
+        "class, the same images for both rows, AUC averaged over seeds). The spread over seeds is the SD, not part of the "
+        "interval of an AUC; differences and their p cover it where a row has several pre-training runs: these are drawn "
+        "anew with the images (Beiden et al. 2000; with k runs (k - 1) / k of the variance between them). "
+        f'Corrected p: Holm 1979, over the {len(differences)} differences of this table; "may be chance" '
+        "marks those of 0.05 or more. "
+        "Where each seed makes its own split (head-ct), the splits share images, so intervals are somewhat too narrow.",
+        "Settings: " + "; ".join(unique(f"{row['task']}: {row['settings']}" for row in rows)) + ".",
+    ]
     return "\n\n".join(text)
 
 
@@ -111,7 +184,9 @@ def seed_draws(results, row):
         with np.load(path) as scores:
             return auc.bootstrap(scores["labels"], scores["probabilities"], scores["images"])
     except (OSError, KeyError, ValueError) as error:
-        fail(f"{path}: scores missing or damaged ({error}): delete the line from {results} and evaluate again")
+        fail(
+            f"{path}: scores missing or damaged ({error}): delete the line from {results} and evaluate again"
+        )
 
 
 def cost(rows, name, base):
@@ -125,7 +200,9 @@ def cost(rows, name, base):
 
     if not encoders(name):
         return ["-"] * 4
-    slices, steps = ("/".join(unique(row[key] for row in encoders(name))) for key in ("slices", "steps"))
+    slices, steps = (
+        "/".join(unique(row[key] for row in encoders(name))) for key in ("slices", "steps")
+    )
     speed_up = f"{seconds(base) / seconds(name):.1f} x" if base and encoders(base) else "-"
     return [slices, steps, f"{seconds(name):.0f} s", speed_up]
 
@@ -140,11 +217,22 @@ def auc_cells(name, task, cells, draws):
     if task not in DRAFT_TASKS:
         return [ours]
     first = DRAFT_TASKS[task]
-    return [ours, " / ".join(f"{value / 100:.3f}" for value in DRAFT[name][first : first + 2]) if name in DRAFT else "-"]
+    return [
+        ours,
+        " / ".join(f"{value / 100:.3f}" for value in DRAFT[name][first : first + 2])
+        if name in DRAFT
+        else "-",
+    ]
 
 
 def f1_cell(cell):
-    return " / ".join(f"{np.mean([float(row[key]) for row in cell]):.3f}" for key in ("f1", "accuracy")) if cell else "-"
+    return (
+        " / ".join(
+            f"{np.mean([float(row[key]) for row in cell]):.3f}" for key in ("f1", "accuracy")
+        )
+        if cell
+        else "-"
+    )
 
 
 def difference_cell(differences, corrected):
@@ -167,30 +255,53 @@ def paired_draws(own, own_draws, base, base_draws):
     runs = {}
     for row in own:
         if (seed := row["seed"]) in encoders:
-            runs.setdefault((row["encoder"], encoders[seed]), []).append(own_draws[seed] - base_draws[seed])
-    return auc.over_runs(np.array([np.mean(draws, axis=0) for draws in runs.values()])) if runs else None
+            runs.setdefault((row["encoder"], encoders[seed]), []).append(
+                own_draws[seed] - base_draws[seed]
+            )
+    return (
+        auc.over_runs(np.array([np.mean(draws, axis=0) for draws in runs.values()]))
+        if runs
+        else None
+    )
 
 
 def resolution(task, differences, base):
     """What the number of test images can tell, in words: half the typical width of the intervals of the differences."""
     widths = [np.diff(auc.interval(draws))[0] / 2 for draws in differences]
     images = "/".join(unique(row["test"] for row in base))
-    return (f"{task}: on {images} test images, two rows whose AUC differs by less than about "
-            f"{np.median(widths):.3f} cannot be told apart, even if only they are compared.") if widths else ""  # fmt: skip
+    return (
+        (
+            f"{task}: on {images} test images, two rows whose AUC differs by less than about "
+            f"{np.median(widths):.3f} cannot be told apart, even if only they are compared."
+        )
+        if widths
+        else ""
+    )
 
 
 def spread(values):
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.3f}" + (
+        f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    )
 
 
 def paper_tables():
     abstract = markdown(["task", "ALL", "reduced"], ABSTRACT)
     heads = ["row", "COVID-CT, PET-CT", "COVID-CT, LIDC", "brain, PET-CT", "brain, LIDC"]
-    draft = markdown(heads, [[name, *(f"{value / 100:.3f}" for value in values)] for name, values in DRAFT.items()])
-    return "\n\n".join([
-        "## The paper's numbers", "AUC, from the abstract (pre-training up to nine times faster):", abstract,
-        "AUC, from drafts of the authors' charts, published before the paper (unconfirmed; three cells agree with the "
-        "abstract); task, pre-training data:", draft])  # fmt: skip
+    draft = markdown(
+        heads,
+        [[name, *(f"{value / 100:.3f}" for value in values)] for name, values in DRAFT.items()],
+    )
+    return "\n\n".join(
+        [
+            "## The paper's numbers",
+            "AUC, from the abstract (pre-training up to nine times faster):",
+            abstract,
+            "AUC, from drafts of the authors' charts, published before the paper (unconfirmed; three cells agree with the "
+            "abstract); task, pre-training data:",
+            draft,
+        ]
+    )
 
 
 def markdown(head, rows):

@@ -13,7 +13,9 @@ from common.files import fail
 from common.reduction import dhash, hamming
 
 SPLITS = ["train", "val", "test"]
-DUPLICATE_BITS = 4  # images whose dHash differs by no more count as near-duplicates (our choice, by looking)
+DUPLICATE_BITS = (
+    4  # images whose dHash differs by no more count as near-duplicates (our choice, by looking)
+)
 
 
 class Task(NamedTuple):
@@ -35,7 +37,9 @@ class Task(NamedTuple):
     def digest(self):
         """Changes with any pixel, label or published split."""
         parts = [self.images, self.labels] + ([] if self.split is None else [self.split])
-        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:8]
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+        ).hexdigest()[:8]
 
 
 def load_task(name, data, size):
@@ -62,13 +66,19 @@ def load_covid_ct(data, size):
             for name in names:
                 file = data / f"CT_{kind}" / name
                 if not file.is_file():
-                    fail(f"{listing}: lists {name}, which {file.parent} does not hold: unpack it there")
+                    fail(
+                        f"{listing}: lists {name}, which {file.parent} does not hold: unpack it there"
+                    )
                 if file in found:
-                    fail(f"{listing}: lists {name}, which {found[file][2]} lists already: delete one of the two lines")
+                    fail(
+                        f"{listing}: lists {name}, which {found[file][2]} lists already: delete one of the two lines"
+                    )
                 found[file] = label, part, listing
     labels, split, _ = map(np.array, zip(*found.values()))
     names, images, hashes = read_images(list(found), data, size)
-    return checked(Task(images, labels, split, np.arange(len(names)), names, hashes, 0.56, 0.2907, True), data)
+    return checked(
+        Task(images, labels, split, np.arange(len(names)), names, hashes, 0.56, 0.2907, True), data
+    )
 
 
 def load_head_ct(data, size):
@@ -77,42 +87,76 @@ def load_head_ct(data, size):
     reader = csv.DictReader(read_text(listing).splitlines())
     reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     if not {"id", "hemorrhage"} <= set(reader.fieldnames):
-        fail(f"{listing}: needs the columns id and hemorrhage, its first line is {','.join(reader.fieldnames) or 'empty'}")
+        fail(
+            f"{listing}: needs the columns id and hemorrhage, its first line is {','.join(reader.fieldnames) or 'empty'}"
+        )
     labels = {}
     for row in reader:
         number, label = ((row[key] or "").strip() for key in ("id", "hemorrhage"))
         if not number.isdecimal() or label not in ("0", "1"):
-            fail(f"{listing}: line {reader.line_num}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1: mend it")
+            fail(
+                f"{listing}: line {reader.line_num}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1: mend it"
+            )
         if int(number) in labels:
-            fail(f"{listing}: line {reader.line_num}: lists id {number} again: delete one of the two lines")
+            fail(
+                f"{listing}: line {reader.line_num}: lists id {number} again: delete one of the two lines"
+            )
         labels[int(number)] = int(label)
     if not labels:
         fail(f"{listing}: lists no image: download it again")
-    names, images, hashes = read_images([find_one(data, f"{number:03d}.png") for number in labels], data, size)
+    names, images, hashes = read_images(
+        [find_one(data, f"{number:03d}.png") for number in labels], data, size
+    )
     groups = duplicate_groups(hashes)
-    return checked(Task(images, np.array(list(labels.values())), None, groups, names, hashes, 0.5, 0.5, False), listing)
+    return checked(
+        Task(images, np.array(list(labels.values())), None, groups, names, hashes, 0.5, 0.5, False),
+        listing,
+    )
 
 
 def load_npz(name, data, size):
     """A MedMNIST npz: {train,val,test}_images uint8 [N, h, w] and _labels int [N, 1]; data is the file or its folder."""
-    file = find_one(data, "*organ*.npz" if name == "organ" else f"{name}.npz") if data.is_dir() else data
+    file = (
+        find_one(data, "*organ*.npz" if name == "organ" else f"{name}.npz")
+        if data.is_dir()
+        else data
+    )
     try:
         with np.load(file, allow_pickle=False) as arrays:
             parts = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SPLITS}
     except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
-        fail(f"{file}: damaged, or not a MedMNIST npz with images and labels of train, val and test ({error})")
+        fail(
+            f"{file}: damaged, or not a MedMNIST npz with images and labels of train, val and test ({error})"
+        )
     for part, (images, labels) in parts.items():
         if images.dtype != np.uint8 or images.ndim != 3 or not images.size:
-            fail(f"{file}: {part}_images is {images.dtype} {list(images.shape)}, grey images, uint8 [N, h, w], are needed")
+            fail(
+                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, grey images, uint8 [N, h, w], are needed"
+            )
         if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.min() < 0:
-            fail(f"{file}: {part}_labels is {labels.dtype} {list(labels.shape)}, a whole number, not negative, for each of the "
-                 f"{len(images)} images is needed")  # fmt: skip
+            fail(
+                f"{file}: {part}_labels is {labels.dtype} {list(labels.shape)}, a whole number, not negative, for each of the "
+                f"{len(images)} images is needed"
+            )
     split = np.repeat(SPLITS, [len(images) for images, _ in parts.values()])
     names = [f"{part} {i}" for part, (images, _) in parts.items() for i in range(len(images))]
     originals = [image for images, _ in parts.values() for image in images]
     labels = np.concatenate([labels.reshape(-1).astype(int) for _, labels in parts.values()])
     resized = np.stack([resize(image, size) for image in originals])
-    return checked(Task(resized, labels, split, np.arange(len(split)), names, hash_all(originals), 0.5, 0.5, False), file)
+    return checked(
+        Task(
+            resized,
+            labels,
+            split,
+            np.arange(len(split)),
+            names,
+            hash_all(originals),
+            0.5,
+            0.5,
+            False,
+        ),
+        file,
+    )
 
 
 def split_of(task, seed):
@@ -135,7 +179,10 @@ def split_of(task, seed):
 def near_pairs(hashes):
     """[(row, later row, bits)] of all images whose dHash differs by at most DUPLICATE_BITS. For small sets: uint64 [n]."""
     bits = hamming(hashes[:, None], hashes)
-    return [(int(i), int(j), int(bits[i, j])) for i, j in np.argwhere(np.triu(bits <= DUPLICATE_BITS, 1))]
+    return [
+        (int(i), int(j), int(bits[i, j]))
+        for i, j in np.argwhere(np.triu(bits <= DUPLICATE_BITS, 1))
+    ]
 
 
 def duplicate_groups(hashes):
@@ -161,11 +208,15 @@ def checked(task, source):
     """The task, after making sure that there are two classes, and at least two images of each in every split."""
     gaps = np.setdiff1d(np.arange(min(task.classes, len(task.labels) + 1)), task.labels)
     if task.classes < 2 or len(gaps):
-        fail(f"{source}: class {gaps[0] if len(gaps) else 1} holds no image: classes must be numbered from 0 on, at least two")
+        fail(
+            f"{source}: class {gaps[0] if len(gaps) else 1} holds no image: classes must be numbered from 0 on, at least two"
+        )
     for part, rows in split_of(task, 0).items():
         counts = np.bincount(task.labels[rows], minlength=task.classes)
         if counts.min() < 2:
-            fail(f"{source}: the {part} split holds {counts.min()} images of class {counts.argmin()}, at least 2 are needed")
+            fail(
+                f"{source}: the {part} split holds {counts.min()} images of class {counts.argmin()}, at least 2 are needed"
+            )
     return task
 
 

@@ -10,13 +10,19 @@ import numpy as np
 from common.ct import IMAGE_SUFFIXES
 from common.dicom import read_header
 
-SAME_AXES, SAME_PLACE, GAP = 0.05, 0.001, 1.5  # difference of cosines; mm; times the usual distance of two slices
+SAME_AXES, SAME_PLACE, GAP = (
+    0.05,
+    0.001,
+    1.5,
+)  # difference of cosines; mm; times the usual distance of two slices
 
 
 class Volume(NamedTuple):
     name: str  # SeriesInstanceUID, or the folder (or name prefix) of an image stack; never a patient's name
     files: list[str]  # relative to the data folder, in z order
-    positions: list[str]  # mm along the slice normal, or the number in an image's name; "" where unknown
+    positions: list[
+        str
+    ]  # mm along the slice normal, or the number in an image's name; "" where unknown
     headers: list  # a Header each, or None for an image
 
 
@@ -31,7 +37,9 @@ def list_files(data):
         stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
         found.append((Path(path).relative_to(data).as_posix(), stat.st_size, stat.st_mtime_ns))
 
-    for folder, folders, names in os.walk(data, followlinks=True, onerror=lambda error: add(error.filename)):
+    for folder, folders, names in os.walk(
+        data, followlinks=True, onerror=lambda error: add(error.filename)
+    ):
         folders.sort()
         if os.path.realpath(folder) in seen:
             folders.clear()
@@ -86,17 +94,29 @@ def series_volume(uid, members):
     missing = places.count(None)
     same = not missing and len(kept) > 2 and max(places) - min(places) < SAME_PLACE
     located = not missing and not same
-    kept.sort(key=lambda m: (m[1].position if located else 0, m[1].number is None, m[1].number or 0, m[0]))
+    kept.sort(
+        key=lambda m: (m[1].position if located else 0, m[1].number is None, m[1].number or 0, m[0])
+    )
     if located:
         kept, repeated = one_a_place(kept)
         reasons |= repeated
         warnings = gaps([header.position for _, header in kept])
     else:
-        what = f"all {len(kept)} slices have the same position" if same else f"{missing} of {len(kept)} slices have no position"
+        what = (
+            f"all {len(kept)} slices have the same position"
+            if same
+            else f"{missing} of {len(kept)} slices have no position"
+        )
         numbered = len({header.number for _, header in kept} - {None}) == len(kept)
-        warnings = [f"{what}: ordered by {'InstanceNumber' if numbered else 'file name, as InstanceNumber is missing or repeated'}"]
+        warnings = [
+            f"{what}: ordered by {'InstanceNumber' if numbered else 'file name, as InstanceNumber is missing or repeated'}"
+        ]
     positions = [f"{header.position:.4f}" if located else "" for _, header in kept]
-    return Volume(uid, [file for file, _ in kept], positions, [header for _, header in kept]), list(reasons.items()), warnings
+    return (
+        Volume(uid, [file for file, _ in kept], positions, [header for _, header in kept]),
+        list(reasons.items()),
+        warnings,
+    )
 
 
 def odd_ones(members, alike):
@@ -163,4 +183,9 @@ def image_volume(name, files):
         return int(numbers[-1]) if numbers else None
 
     files = sorted(files, key=lambda file: (number(file) is None, number(file) or 0, file))
-    return Volume(name, files, ["" if number(file) is None else str(number(file)) for file in files], [None] * len(files))
+    return Volume(
+        name,
+        files,
+        ["" if number(file) is None else str(number(file)) for file in files],
+        [None] * len(files),
+    )

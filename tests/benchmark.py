@@ -23,13 +23,27 @@ PACKAGES = ["scikit-image==0.26.0", "opencv-python-headless==5.0.0.93", "lightly
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     add = parts.add_parser("reduce", help="decoding, similarities, selection").add_argument
-    add("--dicom", type=Path, required=True, help="full-size DICOM slices, repeated to some 2,000 for the timing")
-    add("--volumes", type=Path, required=True, help="tree of DICOM series, for the similarities and selections")
+    add(
+        "--dicom",
+        type=Path,
+        required=True,
+        help="full-size DICOM slices, repeated to some 2,000 for the timing",
+    )
+    add(
+        "--volumes",
+        type=Path,
+        required=True,
+        help="tree of DICOM series, for the similarities and selections",
+    )
     add("--rounds", type=int, default=3, help="times that each side of a comparison runs")
-    add = parts.add_parser("pretrain", help="the training step, lightly's, ALL against Hash-6").add_argument
+    add = parts.add_parser(
+        "pretrain", help="the training step, lightly's, ALL against Hash-6"
+    ).add_argument
     add("--volumes", type=Path, required=True, help="tree of DICOM series to train on")
     add("--rounds", type=int, default=3, help="times that each side of a comparison runs")
     add("--arch", default="resnet18")
@@ -38,18 +52,28 @@ def main():
     add("--steps", type=int, default=4, help="training steps a round")
     add("--workers", type=int, default=2, help="loader processes of lightly")
     add = parts.add_parser("evaluate", help="the fine-tuning step, the linear probe").add_argument
-    add("--tasks", type=Path, help="folder that holds covid-ct/, organ/ and head-ct/, for the linear probe")
+    add(
+        "--tasks",
+        type=Path,
+        help="folder that holds covid-ct/, organ/ and head-ct/, for the linear probe",
+    )
     add("--rounds", type=int, default=5, help="times that each side of a comparison runs")
     add("--arch", default="resnet18")
     add("--size", type=int, default=64, help="of fine-tuning")
     add("--probe-size", type=int, default=96, help="of the linear probe")
     args = parser.parse_args()
-    print(f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, {args.rounds} rounds, medians (smallest to largest)\n"
+    )
     import_module(f"tests.benchmark_{args.part}").run(args)
 
 
 def processor():
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0].split(":")[1].strip()
 
 
@@ -90,9 +114,13 @@ def ratio(of, to):
 def peak(command):
     """(seconds, MiB of the largest process) of a command, output discarded."""
     started = time.perf_counter()
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); " \
-           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True)
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True
+    )
     return time.perf_counter() - started, float(done.stdout)
 
 

@@ -22,7 +22,11 @@ def run(args):
         folder = Path(folder)
         store = folder / "store"
         for flags in (["--strategy", "all"], ["--strategy", "hash"]):
-            subprocess.run([sys.executable, ROOT / "reduce.py", args.volumes, store, *flags], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, ROOT / "reduce.py", args.volumes, store, *flags],
+                check=True,
+                capture_output=True,
+            )
         against_the_bare_step(args, store)
         against_lightly(args, store, folder)
         all_against_hash(args, store, folder)
@@ -33,7 +37,9 @@ def against_the_bare_step(args, store):
     slices, kept = read_selection(store / "all.csv")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if pretrain.bf16_pays(device) else torch.float32
-    settings = SimpleNamespace(size=args.size, temperature=0.1, optimizer="adamw", lr=1e-3, weight_decay=1e-6)
+    settings = SimpleNamespace(
+        size=args.size, temperature=0.1, optimizer="adamw", lr=1e-3, weight_decay=1e-6
+    )
     model = simclr.build(args.arch).to(device, memory_format=torch.channels_last).train()
     optimizer = pretrain.build_optimizer(model, settings)
     batches = stream(slices, kept, args.batch_size, 0, 0, device)
@@ -57,11 +63,17 @@ def against_the_bare_step(args, store):
     ours(), bare()  # the first step of each does not count
     views.clear()
     seconds = alternate(args.rounds * args.steps, ours=ours, bare=bare)
-    rates = {"ours": [n / s for n, s in zip(views, seconds["ours"])],
-             "bare": [2 * args.batch_size / s for s in seconds["bare"]]}  # fmt: skip
-    print(f"Training step, {args.arch}, {args.size} px, batch {args.batch_size} in two views, {device}, {precision}")
-    print(f"  ours {spread(rates['ours'], 1)} views/s; bare forward, backward, optimiser {spread(rates['bare'], 1)}; "
-          f"ratio {ratio(rates['ours'], rates['bare'])}\n")  # fmt: skip
+    rates = {
+        "ours": [n / s for n, s in zip(views, seconds["ours"])],
+        "bare": [2 * args.batch_size / s for s in seconds["bare"]],
+    }
+    print(
+        f"Training step, {args.arch}, {args.size} px, batch {args.batch_size} in two views, {device}, {precision}"
+    )
+    print(
+        f"  ours {spread(rates['ours'], 1)} views/s; bare forward, backward, optimiser {spread(rates['bare'], 1)}; "
+        f"ratio {ratio(rates['ours'], rates['bare'])}\n"
+    )
 
 
 def wait(device):
@@ -78,8 +90,22 @@ def against_lightly(args, store, folder):
     python, workers = plain_python(), str(args.workers)
 
     def lightly(*fast):
-        command = [python, ROOT / "tests" / "lightly_way.py", folder / "png", args.arch, args.size, args.batch_size, workers]
-        done = subprocess.run([*map(str, command), str(args.steps), *fast], check=True, capture_output=True, text=True, cwd=ROOT)
+        command = [
+            python,
+            ROOT / "tests" / "lightly_way.py",
+            folder / "png",
+            args.arch,
+            args.size,
+            args.batch_size,
+            workers,
+        ]
+        done = subprocess.run(
+            [*map(str, command), str(args.steps), *fast],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         return float(done.stdout.split()[-1])
 
     rates = {"ours": [], "lightly": [], "lightly, our precision and layout": []}
@@ -89,7 +115,9 @@ def against_lightly(args, store, folder):
         rates["lightly, our precision and layout"].append(lightly("fast"))
     print(f"Against lightly's SimCLR, the same network, size and batch, {workers} loader processes")
     for name, values in rates.items():
-        print(f"  {name}: {spread(values, 1)} views/s; ours is {ratio(rates['ours'], values)} times as fast")
+        print(
+            f"  {name}: {spread(values, 1)} views/s; ours is {ratio(rates['ours'], values)} times as fast"
+        )
     print()
 
 
@@ -103,9 +131,21 @@ def our_rate(args, store, run_folder):
         "pretrain.add_up = add_up; pretrain.main()\n"
         "print(sum(i for i, _ in times[1:]) / sum(s for _, s in times[1:]))"
     )
-    command = [sys.executable, "-c", code, store / "all.csv", run_folder, "--arch", args.arch, "--size", args.size]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        store / "all.csv",
+        run_folder,
+        "--arch",
+        args.arch,
+        "--size",
+        args.size,
+    ]
     command += ["--batch-size", args.batch_size, "--steps", args.steps + 1, "--optimizer", "adamw"]
-    done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*map(str, command)], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -115,12 +155,23 @@ def all_against_hash(args, store, folder):
     for number in range(args.rounds):
         for name in seconds:
             run_folder = folder / f"{name}-{number}"
-            command = [sys.executable, ROOT / "pretrain.py", store / f"{name}.csv", run_folder, "--arch", "resnet18"]
+            command = [
+                sys.executable,
+                ROOT / "pretrain.py",
+                store / f"{name}.csv",
+                run_folder,
+                "--arch",
+                "resnet18",
+            ]
             command += ["--size", 48, "--batch-size", 64, "--epochs", 2, "--optimizer", "adamw"]
             subprocess.run([*map(str, command)], check=True, capture_output=True)
-            lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()
+            ]
             seconds[name].append(sum(line["seconds"] for line in lines[1:]))
     kept = {name: json.loads((store / f"{name}.json").read_text())["kept"] for name in seconds}
     print("ALL against Hash-6, 2 epochs of ResNet-18 at 48 px, batch 64")
-    print(f"  ALL {spread(seconds['all'], 1)} s, Hash-6 {spread(seconds['hash-6'], 1)} s: {ratio(seconds['all'], seconds['hash-6'])} "
-          f"times as long, for {kept['all'] / kept['hash-6']:.2f} times the slices")  # fmt: skip
+    print(
+        f"  ALL {spread(seconds['all'], 1)} s, Hash-6 {spread(seconds['hash-6'], 1)} s: {ratio(seconds['all'], seconds['hash-6'])} "
+        f"times as long, for {kept['all'] / kept['hash-6']:.2f} times the slices"
+    )

@@ -70,14 +70,29 @@ def decoding(args, folder):
 
     kept = {}
     seconds = alternate(args.rounds, ours=ours, plain=plain, pydicom_alone=pydicom_alone)
-    with open(folder / "ours" / "hash-6.csv") as rows, open(folder / "ours" / "slices.csv") as slices:
-        ours_kept = sorted(s["file"] for r, s in zip(csv.DictReader(rows), csv.DictReader(slices)) if r["kept"] == "1")
-    print(f"DICOM to hash-6, {len(files)} slices {pydicom.dcmread(files[0]).pixel_array.shape}, {PROCESSES} processes")
+    with (
+        open(folder / "ours" / "hash-6.csv") as rows,
+        open(folder / "ours" / "slices.csv") as slices,
+    ):
+        ours_kept = sorted(
+            s["file"]
+            for r, s in zip(csv.DictReader(rows), csv.DictReader(slices))
+            if r["kept"] == "1"
+        )
+    print(
+        f"DICOM to hash-6, {len(files)} slices {pydicom.dcmread(files[0]).pixel_array.shape}, {PROCESSES} processes"
+    )
     print(f"  reduce.py            {spread(seconds['ours'])} s")
-    print(f"  plain way, 1 process {spread(seconds['plain'])} s, {ratio(seconds['plain'], seconds['ours'])} times as long")
-    print(f"  pydicom alone        {spread(seconds['pydicom_alone'])} s; "
-          f"reduce.py takes {ratio(seconds['ours'], seconds['pydicom_alone'])} times that")  # fmt: skip
-    print(f"  same selection: {'yes' if ours_kept == kept['plain'] else 'NO'}, {len(ours_kept)} kept\n")
+    print(
+        f"  plain way, 1 process {spread(seconds['plain'])} s, {ratio(seconds['plain'], seconds['ours'])} times as long"
+    )
+    print(
+        f"  pydicom alone        {spread(seconds['pydicom_alone'])} s; "
+        f"reduce.py takes {ratio(seconds['ours'], seconds['pydicom_alone'])} times that"
+    )
+    print(
+        f"  same selection: {'yes' if ours_kept == kept['plain'] else 'NO'}, {len(ours_kept)} kept\n"
+    )
     return statistics.median(seconds["ours"]) / len(files) * 1e3
 
 
@@ -107,17 +122,26 @@ def similarities(args, folder):
             started = time.perf_counter()
             with worker_pool(PROCESSES) as pool:
                 spans = [(rows[0], rows[-1] + 1) for rows in store.volumes]
-                pairs = sum(in_order(pool, partial(measure_pairs, store.path, name, firsts[name]), spans))
+                pairs = sum(
+                    in_order(pool, partial(measure_pairs, store.path, name, firsts[name]), spans)
+                )
             ours[name].append(pairs / (time.perf_counter() - started))
         found = plain_way("pairs", store.path, n_plain)
         for name in MEASURES:
             plain[name].append(n_plain / found[name]["seconds"])
     rows = np.linspace(0, len(store.slices) - 2, n_plain).astype(int)
-    print(f"Similarities, {len(store.slices)} slices {store.slices.shape[1:]} of {len(store.volumes)} volumes, {PROCESSES} processes")
+    print(
+        f"Similarities, {len(store.slices)} slices {store.slices.shape[1:]} of {len(store.volumes)} volumes, {PROCESSES} processes"
+    )
     for name, measure in MEASURES.items():
-        error = max(abs(measure(store.slices[[i, i + 1]])(0, [1])[0] - v) for i, v in zip(rows, found[name]["values"]))
-        print(f"  {name:4} {spread(ours[name], 0)} pairs/s; plain loop, 1 process {spread(plain[name], 0)}; "
-              f"ratio {ratio(ours[name], plain[name])}; largest difference {error:.1e}")  # fmt: skip
+        error = max(
+            abs(measure(store.slices[[i, i + 1]])(0, [1])[0] - v)
+            for i, v in zip(rows, found[name]["values"])
+        )
+        print(
+            f"  {name:4} {spread(ours[name], 0)} pairs/s; plain loop, 1 process {spread(plain[name], 0)}; "
+            f"ratio {ratio(ours[name], plain[name])}; largest difference {error:.1e}"
+        )
     shortest = sorted(store.volumes, key=len)[:3]
     for name, measure in MEASURES.items():
         threshold, same = DEFAULT_THRESHOLDS[name], True
@@ -125,7 +149,9 @@ def similarities(args, folder):
             span = (int(rows[0]), int(rows[-1]) + 1)
             mine = select_volume(store.path, name, threshold, span)[0] + span[0]
             same &= mine.tolist() == plain_way("select", store.path, name, threshold, *span)
-        print(f"  {name:4} selections of {len(shortest)} volumes at {threshold} as by the plain loop: {'yes' if same else 'NO'}")
+        print(
+            f"  {name:4} selections of {len(shortest)} volumes at {threshold} as by the plain loop: {'yes' if same else 'NO'}"
+        )
     print()
     return {name: statistics.median(rates) for name, rates in ours.items()}
 
@@ -134,7 +160,9 @@ def measure_pairs(path, name, firsts, span):
     """Similarities of some slices of a volume to all of it; how many."""
     slices = np.array(np.load(path, mmap_mode="r")[span[0] : span[1]])
     measure, others = MEASURES[name](slices), np.arange(len(slices))
-    return sum(len(measure(first, others)) for first in np.linspace(0, len(slices) - 1, firsts).astype(int))
+    return sum(
+        len(measure(first, others)) for first in np.linspace(0, len(slices) - 1, firsts).astype(int)
+    )
 
 
 def whole_dataset():
@@ -146,13 +174,19 @@ def whole_dataset():
         "kept = len(set(reduction.select_hash(hashes, 6).tolist())); print(kept, time.perf_counter() - started)"
     )
     command = [sys.executable, "-c", code]
-    kept, seconds = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    kept, seconds = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
     part = random_walks(33, 20_000)
-    brute, _ = reduction.greedy(len(part), lambda i, rest: reduction.hamming(part[i], part[rest]), lambda bits: bits <= 6)
+    brute, _ = reduction.greedy(
+        len(part), lambda i, rest: reduction.hamming(part[i], part[rest]), lambda bits: bits <= 6
+    )
     same = (reduction.select_hash(part, 6) == brute).all()
     mib = peak([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code])[1]
-    print(f"Whole data set, {slices} hashes (random walks of {volumes} volumes), t = 6: {float(seconds):.1f} s, {mib:.0f} MiB, "
-          f"{kept} kept; as brute force on {len(part)}: {'yes' if same else 'NO'}\n")  # fmt: skip
+    print(
+        f"Whole data set, {slices} hashes (random walks of {volumes} volumes), t = 6: {float(seconds):.1f} s, {mib:.0f} MiB, "
+        f"{kept} kept; as brute force on {len(part)}: {'yes' if same else 'NO'}\n"
+    )
     return float(seconds)
 
 
@@ -175,17 +209,34 @@ def growth(folder):
         shutil.copytree(series, half / series.name)
     for strategy in ("hash", "ssim"):
         for name, data in (("half", half), ("all", once)):
-            command = [sys.executable, ROOT / "reduce.py", data, folder / f"growth-{name}", "--strategy", strategy]
+            command = [
+                sys.executable,
+                ROOT / "reduce.py",
+                data,
+                folder / f"growth-{name}",
+                "--strategy",
+                strategy,
+            ]
             seconds, mib = peak(command)
-            print(f"  {strategy:4} {sum(1 for _ in data.rglob('*.dcm'))} slices: {seconds:.1f} s, {mib:.0f} MiB")
+            print(
+                f"  {strategy:4} {sum(1 for _ in data.rglob('*.dcm'))} slices: {seconds:.1f} s, {mib:.0f} MiB"
+            )
     print()
 
 
 def extrapolate(args, decode_ms, rates, dataset_seconds, folder):
     """Hours for the paper's data sets on this machine, from the rates above."""
-    print("The paper's data sets on this machine, from these rates: hours to read the DICOM files + hours to select at the")
-    print("default threshold (in brackets: to compute similarities in the authors' way, by their drafts)")
-    print("| strategy | " + " | ".join(f"{name}, {slices:,} slices" for name, (_, slices) in PAPER.items()) + " |")
+    print(
+        "The paper's data sets on this machine, from these rates: hours to read the DICOM files + hours to select at the"
+    )
+    print(
+        "default threshold (in brackets: to compute similarities in the authors' way, by their drafts)"
+    )
+    print(
+        "| strategy | "
+        + " | ".join(f"{name}, {slices:,} slices" for name, (_, slices) in PAPER.items())
+        + " |"
+    )
     print("|" + "---|" * (1 + len(PAPER)))
     store = read_store(folder / "volumes")
     started = time.perf_counter()
@@ -195,17 +246,26 @@ def extrapolate(args, decode_ms, rates, dataset_seconds, folder):
         cells = []
         for i, (volumes, slices) in enumerate(PAPER.values()):
             if strategy == "hash":
-                seconds = dataset_seconds * slices / PAPER["PET-CT"][1]  # the whole data set at once, so at most this
+                seconds = (
+                    dataset_seconds * slices / PAPER["PET-CT"][1]
+                )  # the whole data set at once, so at most this
             elif strategy == "embedding":
                 seconds = slices / embedding_rate
             else:
                 longer = (slices / volumes) / (len(store.slices) / len(store.volumes))
-                seconds = slices * pairs_per_slice(args, folder, store, strategy) * longer / rates[strategy]
+                seconds = (
+                    slices
+                    * pairs_per_slice(args, folder, store, strategy)
+                    * longer
+                    / rates[strategy]
+                )
             draft = DRAFT_HOURS.get(strategy, ("-", "-"))[i]
             cells.append(f"{slices * decode_ms / 3.6e6:.2f} + {seconds / 3600:.2f} ({draft})")
         print(f"| {strategy} | " + " | ".join(cells) + " |")
-    print(f"A pair costs the same everywhere; pairs a slice grow with the length of a volume. embedding: ResNet-50, "
-          f"{embedding_rate:.1f} slices/s.")  # fmt: skip
+    print(
+        f"A pair costs the same everywhere; pairs a slice grow with the length of a volume. embedding: ResNet-50, "
+        f"{embedding_rate:.1f} slices/s."
+    )
 
 
 def pairs_per_slice(args, folder, store, strategy):
@@ -218,7 +278,9 @@ def pairs_per_slice(args, folder, store, strategy):
 
 
 def reduce(data, out, *flags):
-    subprocess.run([sys.executable, ROOT / "reduce.py", data, out, *flags], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "reduce.py", data, out, *flags], check=True, capture_output=True
+    )
 
 
 def plain_way(*arguments):

@@ -31,11 +31,16 @@ def write_dicom():
         dataset.PixelData = stored.astype("<i2" if stored.min() < 0 else "<u2").tobytes()
         dataset.Modality, dataset.SeriesInstanceUID, dataset.InstanceNumber = "CT", "1.2.3", 1
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
-        dataset.ImagePositionPatient, dataset.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+        dataset.ImagePositionPatient, dataset.ImageOrientationPatient = (
+            [0, 0, 0],
+            [1, 0, 0, 0, 1, 0],
+        )
         for tag, value in tags.items():
             if value is None:
                 del dataset[tag]
-            elif tag == "PixelPaddingValue" and value > 32767:  # as scanners do, unsigned beside signed pixels
+            elif (
+                tag == "PixelPaddingValue" and value > 32767
+            ):  # as scanners do, unsigned beside signed pixels
                 dataset.add_new(tag, "US", value)
             else:
                 setattr(dataset, tag, value)
@@ -52,7 +57,9 @@ def run():
     def call(*command, ok=True, program=sys.executable):
         environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         command = [program, *map(str, command)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        )
         assert (done.returncode == 0) == ok, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 

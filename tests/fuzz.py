@@ -1,6 +1,6 @@
 """Damages real CT slices at random and looks whether reduce.py lists every one, without a crash or a wait.
 
-    python tests/fuzz.py DICOM_DIR --mutants 10000
+python tests/fuzz.py DICOM_DIR --mutants 10000
 """
 
 import argparse
@@ -24,7 +24,20 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import ct, dicom  # noqa: E402
 
-NASTY = [b"", b"\0", b"nan", b"-1e999", b"1\\2", b"\\", b"\xff\xfe", b"9" * 64, b"-01.024000E+03", b"MONOCHROME1", b"MR", b"\n\r,\""]
+NASTY = [
+    b"",
+    b"\0",
+    b"nan",
+    b"-1e999",
+    b"1\\2",
+    b"\\",
+    b"\xff\xfe",
+    b"9" * 64,
+    b"-01.024000E+03",
+    b"MONOCHROME1",
+    b"MR",
+    b'\n\r,"',
+]
 
 
 def forms(dataset, number):
@@ -33,15 +46,22 @@ def forms(dataset, number):
     dataset.ImagePositionPatient = [0, 0, number * 0.5]
     stream, kind = io.BytesIO(), number % 8
     if kind == 5:
-        Image.fromarray(ct.scale_to_uint8(dataset.pixel_array)).save(stream, "PNG" if number % 16 == 5 else "JPEG")
+        Image.fromarray(ct.scale_to_uint8(dataset.pixel_array)).save(
+            stream, "PNG" if number % 16 == 5 else "JPEG"
+        )
         return ".png" if number % 16 == 5 else ".jpg", stream.getvalue()
     if kind == 6:
         dataset = pydicom.dcmread(dataset.filename)
         dataset.compress(RLELossless)
     if kind == 7:
         dataset = pydicom.dcmread(dataset.filename)
-        Image.fromarray(dataset.pixel_array.astype(np.uint16)).save(stream, "JPEG2000", no_jp2=True, irreversible=False)
-        dataset.PixelData, dataset.file_meta.TransferSyntaxUID = encapsulate([stream.getvalue()]), JPEG2000Lossless
+        Image.fromarray(dataset.pixel_array.astype(np.uint16)).save(
+            stream, "JPEG2000", no_jp2=True, irreversible=False
+        )
+        dataset.PixelData, dataset.file_meta.TransferSyntaxUID = (
+            encapsulate([stream.getvalue()]),
+            JPEG2000Lossless,
+        )
         dataset["PixelData"].VR, stream = "OB", io.BytesIO()
     dataset.SOPInstanceUID = f"1.2.{number + 1}"
     dataset.save_as(stream, enforce_file_format=True)
@@ -52,13 +72,19 @@ def damage(data, rng):
     """1 to 4 faults: bytes changed, cut out, doubled or put in, mostly in the header, or the end lost."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 5)):
-        place = int(rng.integers(min(len(data), 3000) if rng.random() < 0.85 else len(data))) if data else 0
+        place = (
+            int(rng.integers(min(len(data), 3000) if rng.random() < 0.85 else len(data)))
+            if data
+            else 0
+        )
         length = int(rng.integers(1, 9))
         match rng.integers(7):
             case 0 | 1:
                 data[place : place + length] = rng.bytes(length)
             case 2:
-                data[place : place + 1] = bytes([data[place] ^ (1 << int(rng.integers(8)))]) if data else b""
+                data[place : place + 1] = (
+                    bytes([data[place] ^ (1 << int(rng.integers(8)))]) if data else b""
+                )
             case 3:
                 del data[place : place + length]
             case 4:
@@ -72,7 +98,11 @@ def damage(data, rng):
 
 def mutants(source, folder, first, count, seed):
     """Write `count` damaged slices into folder; the same seed and numbers give the same bytes."""
-    files = sorted(file for file in Path(source).rglob("*") if file.is_file() and isinstance(dicom.read_header(file), dicom.Header))
+    files = sorted(
+        file
+        for file in Path(source).rglob("*")
+        if file.is_file() and isinstance(dicom.read_header(file), dicom.Header)
+    )
     for number in range(first, first + count):
         rng = np.random.default_rng([seed, number])
         suffix, data = forms(pydicom.dcmread(files[rng.integers(len(files))]), number)
@@ -96,13 +126,19 @@ def slowest(folder):
 
 def reduced(folder, out):
     """Run reduce.py on folder: [(file, reason, or "" for a slice)]; raises unless it ends well and lists every file once."""
-    done = subprocess.run([sys.executable, "reduce.py", folder, out, "--strategy", "hash", "--size", "32"],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "reduce.py", folder, out, "--strategy", "hash", "--size", "32"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"reduce.py failed on {folder}:\n{done.stderr[-2000:]}")
     found = []
     for name in ("slices", "skipped"):
-        with open(out / f"{name}.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(
+            out / f"{name}.csv", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             found += [(line["file"], line.get("reason", "")) for line in csv.DictReader(file)]
     if sorted(file for file, _ in found) != sorted(file.name for file in folder.iterdir()):
         raise SystemExit(f"{folder}: files and lists differ")
@@ -110,7 +146,9 @@ def reduced(folder, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="DICOM_DIR")
     parser.add_argument("--mutants", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,8 +160,13 @@ def main():
             folder.mkdir()
             mutants(args.source, folder, first, min(500, args.mutants - first), args.seed)
             worst = max(worst, slowest(folder))
-            kinds.update(re.sub(r"\d+", "N", reason)[:70] or "used" for _, reason in reduced(folder, Path(work, "out")))
-        print(f"{kinds.total()} mutants: {kinds['used']} used, slowest file {worst:.2f} s", flush=True)
+            kinds.update(
+                re.sub(r"\d+", "N", reason)[:70] or "used"
+                for _, reason in reduced(folder, Path(work, "out"))
+            )
+        print(
+            f"{kinds.total()} mutants: {kinds['used']} used, slowest file {worst:.2f} s", flush=True
+        )
     for reason, count in kinds.most_common(25):
         print(f"{count:6} {reason}")
 

@@ -30,7 +30,9 @@ if fast:
 
     fast = bf16_pays(torch.device(device))
 dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=size))
-loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
+loader = torch.utils.data.DataLoader(
+    dataset, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+)
 criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
 
 ready = 1 + 2 * workers  # each process reads two batches ahead

@@ -1,8 +1,8 @@
 """The plain way to do what reduce.py does, as the authors' scripts do it, to measure beside; runs in .venv-benchmark.
 
-    python tests/plain_way.py hash DATA FOLDER         DICOM -> PNG -> dHash -> greedy -> copy; prints the kept files
-    python tests/plain_way.py pairs slices.npy N       pairs/s of scikit-image's SSIM and scikit-learn's mutual information
-    python tests/plain_way.py select slices.npy STRATEGY THRESHOLD FIRST LAST       greedy on rows FIRST to LAST - 1
+python tests/plain_way.py hash DATA FOLDER         DICOM -> PNG -> dHash -> greedy -> copy; prints the kept files
+python tests/plain_way.py pairs slices.npy N       pairs/s of scikit-image's SSIM and scikit-learn's mutual information
+python tests/plain_way.py select slices.npy STRATEGY THRESHOLD FIRST LAST       greedy on rows FIRST to LAST - 1
 """
 
 import json
@@ -32,11 +32,15 @@ def by_hash(data, folder):
         png = folder / "png" / f"{file.parent.name}_{file.stem}.png"
         png.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(png), np.rint(grey).astype(np.uint8))
-        series.setdefault(dataset.SeriesInstanceUID, []).append((float(dataset.ImagePositionPatient[2]), png, file))
+        series.setdefault(dataset.SeriesInstanceUID, []).append(
+            (float(dataset.ImagePositionPatient[2]), png, file)
+        )
     kept = []
     (folder / "kept").mkdir()
     for slices in series.values():
-        remaining = [(imagehash.dhash(Image.open(png)), png, file) for _, png, file in sorted(slices)]
+        remaining = [
+            (imagehash.dhash(Image.open(png)), png, file) for _, png, file in sorted(slices)
+        ]
         while remaining:
             first, png, file = remaining[0]
             shutil.copy(png, folder / "kept")
@@ -47,7 +51,9 @@ def by_hash(data, folder):
 
 def similarity(strategy, a, b):
     if strategy == "ssim":
-        return structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
+        return structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+        )
     return normalized_mutual_info_score(a.ravel() // 8, b.ravel() // 8)
 
 
@@ -69,11 +75,17 @@ def select(slices, strategy, threshold, first, last):
     remaining, representative = list(range(int(first), int(last))), {}
     while remaining:
         kept = remaining[0]
-        gone = [i for i in remaining if i == kept or similarity(strategy, slices[kept], slices[i]) >= float(threshold)]
+        gone = [
+            i
+            for i in remaining
+            if i == kept or similarity(strategy, slices[kept], slices[i]) >= float(threshold)
+        ]
         representative |= dict.fromkeys(gone, kept)
         remaining = [i for i in remaining if i not in gone]
     return [representative[i] for i in sorted(representative)]
 
 
 if __name__ == "__main__":
-    print(json.dumps({"hash": by_hash, "pairs": pairs, "select": select}[sys.argv[1]](*sys.argv[2:])))
+    print(
+        json.dumps({"hash": by_hash, "pairs": pairs, "select": select}[sys.argv[1]](*sys.argv[2:]))
+    )

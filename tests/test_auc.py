@@ -17,7 +17,9 @@ def scores(n, classes, seed, ties):
 @pytest.mark.parametrize("classes", [2, 3, 11])
 def test_auc_is_that_of_scikit_learn(classes, ties):
     labels, p = scores(300, classes, classes, ties)
-    expected = roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr", average="macro")
+    expected = roc_auc_score(
+        labels, p[:, 1] if classes == 2 else p, multi_class="ovr", average="macro"
+    )
     assert auc.metrics(labels, p)["auc"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -36,7 +38,9 @@ def test_bootstrap_is_stratified_paired_and_centred():
     draws = auc.bootstrap(labels, p, images)
     assert len(draws) == auc.DRAWS and np.array_equal(draws, auc.bootstrap(labels, p, images))
     assert draws.mean() == pytest.approx(auc.metrics(labels, p)["auc"], abs=0.005)
-    assert np.allclose(draws - auc.bootstrap(labels, p**0.5, images), 0)  # a monotone change of scores changes no draw
+    assert np.allclose(
+        draws - auc.bootstrap(labels, p**0.5, images), 0
+    )  # a monotone change of scores changes no draw
     low, high = auc.interval(draws)
     assert low < auc.metrics(labels, p)["auc"] < high
 

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import loader, simclr  # noqa: E402
 
-VIEWS = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))  # two views of a global batch of 12 samples
+VIEWS = torch.randn(
+    2, 12, 20, generator=torch.Generator().manual_seed(0)
+)  # two views of a global batch of 12 samples
 
 
 def linear_model():
@@ -37,20 +39,47 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path, run):
 
 
 def test_two_processes_pretrain(tmp_path, run):
-    np.save(tmp_path / "slices.npy", np.random.default_rng(0).integers(0, 256, (13, 16, 16), dtype=np.uint8))
+    np.save(
+        tmp_path / "slices.npy",
+        np.random.default_rng(0).integers(0, 256, (13, 16, 16), dtype=np.uint8),
+    )
     (tmp_path / "slices.csv").write_text("the digest of this belongs to the settings\n")
     (tmp_path / "all.csv").write_text("row,kept\n" + "".join(f"{row},1\n" for row in range(13)))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "pretrain.py", tmp_path / "all.csv"]
-    command += [tmp_path / "run", "--arch", "resnet18", "--size", 32, "--batch-size", 8, "--epochs", 2, "--optimizer", "adamw"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "pretrain.py",
+        tmp_path / "all.csv",
+    ]
+    command += [
+        tmp_path / "run",
+        "--arch",
+        "resnet18",
+        "--size",
+        32,
+        "--batch-size",
+        8,
+        "--epochs",
+        2,
+        "--optimizer",
+        "adamw",
+    ]
     assert (tmp_path / "run" / "encoder.pt").name in run(*command).stdout
-    first, *epochs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first, *epochs = [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
     assert first["settings"]["processes"] == 2 and [line["step"] for line in epochs] == [2, 4]
     assert run(*command).stdout.count("finished before") == 1
 
 
 @pytest.mark.parametrize("resident", [1e9, 0])
 @pytest.mark.parametrize("n, batch_size", [(100, 16), (7, 16), (64, 16), (101, 3)])
-def test_an_epoch_holds_every_slice_once_and_can_be_entered_anywhere(monkeypatch, resident, n, batch_size):
+def test_an_epoch_holds_every_slice_once_and_can_be_entered_anywhere(
+    monkeypatch, resident, n, batch_size
+):
     monkeypatch.setattr(loader, "RESIDENT", resident)
     monkeypatch.setattr(loader, "BLOCK", 4)
     monkeypatch.setattr(loader, "PART", 32)
@@ -65,7 +94,9 @@ def test_an_epoch_holds_every_slice_once_and_can_be_entered_anywhere(monkeypatch
     batches = taken(0, 2 * per_epoch)
     for epoch in (batches[:per_epoch], batches[per_epoch:]):
         assert sorted(sum(epoch, [])) == kept.tolist()
-        assert max(map(len, epoch)) <= batch_size and max(map(len, epoch)) - min(map(len, epoch)) <= 1
+        assert (
+            max(map(len, epoch)) <= batch_size and max(map(len, epoch)) - min(map(len, epoch)) <= 1
+        )
     assert n < 20 or batches[:per_epoch] != batches[per_epoch:]
     for start in (1, per_epoch - 1, per_epoch + 1):
         assert taken(start, 2) == taken(0, start + 2)[start:]

@@ -26,8 +26,16 @@ def layouts(weights):
     head = torch.ones(2, 2)
     return {
         "ours": weights,
-        "SwAV": {"state_dict": under("model.") | {"model.prototypes.weight": head, "model.projection_head.0.weight": head}},
-        "MoCo": {"state_dict": under("encoder_q.") | {"encoder_q.fc.0.weight": head} | under("encoder_k."), "epoch": 3},
+        "SwAV": {
+            "state_dict": under("model.")
+            | {"model.prototypes.weight": head, "model.projection_head.0.weight": head}
+        },
+        "MoCo": {
+            "state_dict": under("encoder_q.")
+            | {"encoder_q.fc.0.weight": head}
+            | under("encoder_k."),
+            "epoch": 3,
+        },
         "BYOL": {"state_dict": under("online_network.encoder.") | under("target_network.encoder.")},
         "SparK": {"module": weights, "arch": "resnet18"},
     }
@@ -71,15 +79,25 @@ class Call:
 @pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])
 def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, network, layout):
     canary = tmp_path / "canary"
-    harmless = {"hyper_parameters": {"data": Path("/data"), "flags": argparse.Namespace(lr=1)}, "epochs": {Path("a"): 1}}
-    calls = {"open": Call(open, str(canary), "w"), "exec": Call(exec, f"open({str(canary)!r}, 'w')")}
+    harmless = {
+        "hyper_parameters": {"data": Path("/data"), "flags": argparse.Namespace(lr=1)},
+        "epochs": {Path("a"): 1},
+    }
+    calls = {
+        "open": Call(open, str(canary), "w"),
+        "exec": Call(exec, f"open({str(canary)!r}, 'w')"),
+    }
     calls["getattr"] = Call(getattr, canary, "touch")
     path, images = tmp_path / "weights.pt", torch.rand(2, 3, 32, 32)
     weights = layouts(network.state_dict())[layout]
     beside = harmless | calls if layout != "ours" else {}  # ours is nothing but weights
     torch.save(weights | beside, path)
     assert torch.equal(load_encoder(path, "resnet18", 0).eval()(images), network(images))
-    for refused in (Call(os.system, f"touch {canary}"), Call(Path.touch, canary), defaultdict(list, a=[1])):
+    for refused in (
+        Call(os.system, f"touch {canary}"),
+        Call(Path.touch, canary),
+        defaultdict(list, a=[1]),
+    ):
         torch.save(weights | {"other": refused}, path)
         with pytest.raises(SystemExit, match="error"):
             load_encoder(path, "resnet18", 0)
@@ -95,7 +113,9 @@ def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, 
 CALL = Call(print, "code ran")
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": CALL}, b"junk"])
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": CALL}, b"junk"]
+)
 def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys, content):
     if isinstance(content, bytes):
         (tmp_path / "weights.pt").write_bytes(content)

@@ -16,11 +16,23 @@ def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, here)
     for i, path in enumerate(paths):
         path.parent.mkdir()
         torch.save(load_encoder("scratch", "resnet18", i).state_dict(), path)
-    common = ["evaluate.py", "toy-lesion", tmp_path, "--arch", "resnet18", "--size", 32, "--protocol", "linear"]
+    common = [
+        "evaluate.py",
+        "toy-lesion",
+        tmp_path,
+        "--arch",
+        "resnet18",
+        "--size",
+        32,
+        "--protocol",
+        "linear",
+    ]
     common += ["--results", tmp_path / "results.csv", "--encoder", *paths, "--seeds"]
     here(*common, 5)
     rows = read_results(tmp_path / "results.csv")
-    assert [(row["seed"], row["encoder"]) for row in rows] == [(str(i), encoder_hash(paths[i % 3])) for i in range(5)]
+    assert [(row["seed"], row["encoder"]) for row in rows] == [
+        (str(i), encoder_hash(paths[i % 3])) for i in range(5)
+    ]
     assert len({row["auc"] for row in rows}) > 1 and all(row["name"] == "run-0" for row in rows)
     assert "leaves some of the 3 encoders unused" in stopped(*common, 2)
 
@@ -35,4 +47,6 @@ def test_features_are_those_of_the_plain_forward(statistics):
         expected = network.eval()(Normalize(*statistics)(colours)).numpy()
     cpu = torch.device("cpu")
     found = [np.concatenate(list(features(network, images, statistics, cpu, ""))) for _ in range(2)]
-    assert np.abs(found[0] - expected).max() < 1e-5 * np.abs(expected).max() and np.array_equal(*found)
+    assert np.abs(found[0] - expected).max() < 1e-5 * np.abs(expected).max() and np.array_equal(
+        *found
+    )

@@ -23,7 +23,9 @@ def commands(tmp_path_factory):
 
 def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path):
     """tests/faults.py does this 20 times, and with pretrain.py and evaluate.py, which take longer to start."""
-    assert all(equal for _, equal in faults.same_after_kills(commands["reduce.py"], tmp_path, 2, seed=3))
+    assert all(
+        equal for _, equal in faults.same_after_kills(commands["reduce.py"], tmp_path, 2, seed=3)
+    )
 
 
 def allow(size):
@@ -32,16 +34,25 @@ def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("script, limits", [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000]), ("evaluate.py", [100])])
-def test_a_full_disk_gets_one_line_and_harms_nothing(commands, tmp_path, monkeypatch, script, limits):
+@pytest.mark.parametrize(
+    "script, limits",
+    [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000]), ("evaluate.py", [100])],
+)
+def test_a_full_disk_gets_one_line_and_harms_nothing(
+    commands, tmp_path, monkeypatch, script, limits
+):
     """With room again, reduce.py goes on to its end; that the others do shows tests/faults.py."""
     out, popen = tmp_path / "out", subprocess.Popen
     for limit in limits:
         monkeypatch.setattr(subprocess, "Popen", partial(popen, preexec_fn=partial(allow, limit)))
         process = faults.start(commands[script](out))
         printed = process.communicate()[0]
-        assert process.returncode == 1 and "Traceback" not in printed and "error: " in printed, printed
-        assert not out.exists() or not [name for name in faults.content(out) if name.endswith((".unfinished", ".lock"))]
+        assert process.returncode == 1 and "Traceback" not in printed and "error: " in printed, (
+            printed
+        )
+        assert not out.exists() or not [
+            name for name in faults.content(out) if name.endswith((".unfinished", ".lock"))
+        ]
     monkeypatch.undo()
     if script == "reduce.py":
         faults.finish(commands[script](out))
@@ -73,7 +84,9 @@ def test_folders_that_reduce_cannot_use(store, stopped, tmp_path):
     assert "was made from other input" in line(tmp_path / "other" / "ct", store / "out")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no image")
-    assert "no CT slice found; 1 files skipped, most: not a DICOM file" in line(tmp_path / "text", tmp_path / "o")
+    assert "no CT slice found; 1 files skipped, most: not a DICOM file" in line(
+        tmp_path / "text", tmp_path / "o"
+    )
     assert not (tmp_path / "o").exists()
 
 
@@ -98,7 +111,9 @@ def edit(text, row, *cells):
         ("hash-6", lambda text: edit(text, 3, "2", "1", "99999", "0"), "another store"),
     ],
 )
-def test_a_selection_that_was_edited_wrongly_is_refused(store, stopped, tmp_path, name, harm, words):
+def test_a_selection_that_was_edited_wrongly_is_refused(
+    store, stopped, tmp_path, name, harm, words
+):
     shutil.copytree(store / "out", tmp_path / "out")
     path = tmp_path / "out" / f"{name}.csv"
     path.write_text(harm(path.read_text()))
@@ -118,7 +133,9 @@ def test_a_selection_of_another_store_is_refused(store, stopped, tmp_path, run):
     for ending in ("csv", "json"):
         shutil.copy(store / "out" / f"ssim-0.7.{ending}", tmp_path / "out")
     for name in ("hash-6", "ssim-0.7"):
-        assert "was made for another store" in stopped("pretrain.py", tmp_path / "out" / f"{name}.csv", tmp_path / "run")
+        assert "was made for another store" in stopped(
+            "pretrain.py", tmp_path / "out" / f"{name}.csv", tmp_path / "run"
+        )
 
 
 def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):
@@ -127,9 +144,13 @@ def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):
     for content in (b"", b"junk", b"PK\x03\x04"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        assert "damaged" in stopped("pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags)
+        assert "damaged" in stopped(
+            "pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags
+        )
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
     torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), tmp_path / "run" / "encoder.pt")
     for content in ("", "{", json.dumps({"settings": 3})):
         (tmp_path / "run" / "log.jsonl").write_text(content)
-        assert "delete" in stopped("pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags)
+        assert "delete" in stopped(
+            "pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags
+        )

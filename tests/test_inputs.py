@@ -9,7 +9,13 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, MediaStorageDirectoryStorage, RLELossless
+from pydicom.uid import (
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLSLossless,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+)
 
 from common import ct, volumes
 from common.dicom import read_header
@@ -79,7 +85,9 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
     (tmp_path / "notes.dcm").write_text("no image, but long enough to be read as one" * 10)
     Image.fromarray(PIXELS.astype(np.uint8)).save(tmp_path / "png.dcm", "PNG")
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.dcm").write_bytes(whole[:-100])  # the same instance as good.dcm, and first, but of no use
+    (tmp_path / "cut.dcm").write_bytes(
+        whole[:-100]
+    )  # the same instance as good.dcm, and first, but of no use
     (tmp_path / "gone").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     directory = pydicom.Dataset()
@@ -92,9 +100,16 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
         (tmp_path / f"header{length}.dcm").write_bytes(whole[:length])
     slices, reasons, _ = outcome(tmp_path)
     assert list(slices) == ["good.dcm"]
-    expected = {"empty.dcm": "an empty file", "notes.dcm": "not a DICOM file", "png.dcm": "a PNG or JPEG by its content",
-                "text.png": "not a PNG or JPEG", "cut.dcm": "pixel data is cut short: 430 of 480 values",
-                "gone": "No such file", "pipe": "not a regular file", "DICOMDIR": "a DICOMDIR"}  # fmt: skip
+    expected = {
+        "empty.dcm": "an empty file",
+        "notes.dcm": "not a DICOM file",
+        "png.dcm": "a PNG or JPEG by its content",
+        "text.png": "not a PNG or JPEG",
+        "cut.dcm": "pixel data is cut short: 430 of 480 values",
+        "gone": "No such file",
+        "pipe": "not a regular file",
+        "DICOMDIR": "a DICOMDIR",
+    }
     for file, words in expected.items():
         assert words in reasons[file]
 
@@ -111,21 +126,40 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, r
     """RLE and JPEG 2000 are lossless; JPEG is 8 bit and lossy; nothing here decodes JPEG-LS."""
     for i, name in enumerate(["plain", "rle", "j2k", "jpeg", "jls1", "jls2"]):
         uid = "1.2.4" if name.startswith("jls") else "1.2.3"
-        write_dicom(tmp_path / "ct" / name, PIXELS, InstanceNumber=i, ImagePositionPatient=[0, 0, i], SeriesInstanceUID=uid)
+        write_dicom(
+            tmp_path / "ct" / name,
+            PIXELS,
+            InstanceNumber=i,
+            ImagePositionPatient=[0, 0, i],
+            SeriesInstanceUID=uid,
+        )
     dataset = pydicom.dcmread(tmp_path / "ct" / "rle")
     dataset.compress(RLELossless)
     dataset.save_as(tmp_path / "ct" / "rle", enforce_file_format=True)
     stream = io.BytesIO()
-    Image.fromarray(PIXELS.astype(np.uint16)).save(stream, "JPEG2000", no_jp2=True, irreversible=False)
+    Image.fromarray(PIXELS.astype(np.uint16)).save(
+        stream, "JPEG2000", no_jp2=True, irreversible=False
+    )
     compressed(tmp_path / "ct" / "j2k", JPEG2000Lossless, stream.getvalue())
     smooth = np.add.outer(np.arange(24), np.arange(20)).astype(np.uint8)
-    write_dicom(tmp_path / "ct" / "jpeg", smooth, InstanceNumber=3, ImagePositionPatient=[0, 0, 3],
-                BitsAllocated=8, BitsStored=8, HighBit=7)  # fmt: skip
+    write_dicom(
+        tmp_path / "ct" / "jpeg",
+        smooth,
+        InstanceNumber=3,
+        ImagePositionPatient=[0, 0, 3],
+        BitsAllocated=8,
+        BitsStored=8,
+        HighBit=7,
+    )
     stream = io.BytesIO()
     Image.fromarray(smooth).save(stream, "JPEG", quality=100)
     compressed(tmp_path / "ct" / "jpeg", JPEGBaseline8Bit, stream.getvalue())
     dataset = pydicom.dcmread(tmp_path / "ct" / "j2k")
-    dataset.Rows, dataset.SOPInstanceUID, dataset.ImagePositionPatient = 12, "1.9", [0, 0, 9]  # less than its stream says
+    dataset.Rows, dataset.SOPInstanceUID, dataset.ImagePositionPatient = (
+        12,
+        "1.9",
+        [0, 0, 9],
+    )  # less than its stream says
     dataset.SeriesInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.9"
     dataset.save_as(tmp_path / "ct" / "larger", enforce_file_format=True)
     for name in ("jls1", "jls2"):
@@ -134,7 +168,10 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, r
     assert (slices["rle"] == slices["plain"]).all() and (slices["j2k"] == slices["plain"]).all()
     assert np.abs(slices["jpeg"].astype(int) - ct.scale_to_uint8(smooth)).max() <= 8
     assert "decompression bomb" in reasons.pop("larger")
-    assert reasons.keys() == {"jls1", "jls2"} and "pip install pylibjpeg pylibjpeg-libjpeg" in reasons["jls1"]
+    assert (
+        reasons.keys() == {"jls1", "jls2"}
+        and "pip install pylibjpeg pylibjpeg-libjpeg" in reasons["jls1"]
+    )
     shown = run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "hash").stdout
     assert shown.count("pip install") == 1 and "2 skipped: JPEG-LS" in shown
 
@@ -150,7 +187,9 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
     sagittal = {"ImagePositionPatient": [0, 0, 1], "ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
     write_dicom(tmp_path / "scout.dcm", PIXELS, **sagittal)
     write_dicom(tmp_path / "small.dcm", PIXELS[:8, :8], ImagePositionPatient=[0, 0, 1])
-    write_dicom(tmp_path / "again" / "2.dcm", PIXELS, ImagePositionPatient=[0, 0, 5], InstanceNumber=99)
+    write_dicom(
+        tmp_path / "again" / "2.dcm", PIXELS, ImagePositionPatient=[0, 0, 5], InstanceNumber=99
+    )
     (tmp_path / "copy.dcm").write_bytes((tmp_path / "1.dcm").read_bytes())
     slices, reasons, warnings = outcome(tmp_path)
     assert list(slices) == [f"{i}.dcm" for i in range(5)] and not warnings
@@ -165,11 +204,26 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
 @pytest.mark.parametrize(
     "harm, words",
     [
-        ({3: {"ImagePositionPatient": None}}, "1 of 6 slices have no position: ordered by InstanceNumber"),
-        ({3: {"ImageOrientationPatient": None}}, "1 of 6 slices have no position: ordered by InstanceNumber"),
-        ({i: {"ImagePositionPatient": [0, 0, 7]} for i in range(6)}, "all 6 slices have the same position"),
-        ({i: {"ImageOrientationPatient": [0] * 6} for i in range(6)}, "6 of 6 slices have no position"),
-        ({2: {"SeriesInstanceUID": "1.2.9"}}, "1 gap along z, the widest 5.0 mm where 2.5 mm is usual"),
+        (
+            {3: {"ImagePositionPatient": None}},
+            "1 of 6 slices have no position: ordered by InstanceNumber",
+        ),
+        (
+            {3: {"ImageOrientationPatient": None}},
+            "1 of 6 slices have no position: ordered by InstanceNumber",
+        ),
+        (
+            {i: {"ImagePositionPatient": [0, 0, 7]} for i in range(6)},
+            "all 6 slices have the same position",
+        ),
+        (
+            {i: {"ImageOrientationPatient": [0] * 6} for i in range(6)},
+            "6 of 6 slices have no position",
+        ),
+        (
+            {2: {"SeriesInstanceUID": "1.2.9"}},
+            "1 gap along z, the widest 5.0 mm where 2.5 mm is usual",
+        ),
         ({2: {"InstanceNumber": 99}}, None),
     ],
 )
@@ -202,15 +256,23 @@ def test_pictures_give_their_grey_values(tmp_path):
         assert (slices[name] == grey).all()
     for name in ("rgb.png", "rgba.png"):
         assert np.abs(slices[name] - ct.scale_to_uint8(luma).astype(int)).max() <= 1
-    assert (slices["palette.png"] == 255 - grey).all() and (slices["bits.png"] == (grey > 100) * 255).all()
+    assert (slices["palette.png"] == 255 - grey).all() and (
+        slices["bits.png"] == (grey > 100) * 255
+    ).all()
 
 
 def test_bombs_and_broken_pictures_are_skipped(tmp_path):
     def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     size = (60_000).to_bytes(4, "big")
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + size + b"\x08\0\0\0\0") + chunk(b"IDAT", zlib.compress(b"\0" * 9))
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", size + size + b"\x08\0\0\0\0")
+        + chunk(b"IDAT", zlib.compress(b"\0" * 9))
+    )
     (tmp_path / "bomb.png").write_bytes(bomb + chunk(b"IEND", b""))
     stream = io.BytesIO()
     Image.fromarray(PIXELS.astype(np.uint8)).save(stream, "JPEG")
@@ -228,40 +290,73 @@ def test_values_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize("strategy", ["hash", "ssim", "mi"])
-def test_sizes_from_1_to_4096_and_constant_slices(tmp_path, write_dicom, run, monkeypatch, strategy):
+def test_sizes_from_1_to_4096_and_constant_slices(
+    tmp_path, write_dicom, run, monkeypatch, strategy
+):
     """One-slice series each, but for two constant slices: alike by every measure (SSIM and MI of constants are 1)."""
     monkeypatch.setenv("PYTHONWARNINGS", "error::RuntimeWarning")
     for i, side in enumerate([1, 2, 16, 4096]):
         ramp = np.add.outer(np.arange(side), np.arange(side)) % 4000
         write_dicom(tmp_path / "ct" / f"{side}", ramp, SeriesInstanceUID=f"1.2.{i}")
     for z in (0, 1):
-        write_dicom(tmp_path / "ct" / f"flat{z}", np.full((16, 16), 7), SeriesInstanceUID="1.3", ImagePositionPatient=[0, 0, z])
+        write_dicom(
+            tmp_path / "ct" / f"flat{z}",
+            np.full((16, 16), 7),
+            SeriesInstanceUID="1.3",
+            ImagePositionPatient=[0, 0, z],
+        )
     run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", strategy, "--workers", 2)
     slices = np.load(tmp_path / "out" / "slices.npy")
     assert slices.shape == (6, 224, 224) and (slices[-2:] == 0).all()
-    [selection] = [file for file in (tmp_path / "out").glob("*.csv") if file.stem not in ("slices", "skipped")]
+    [selection] = [
+        file for file in (tmp_path / "out").glob("*.csv") if file.stem not in ("slices", "skipped")
+    ]
     assert [line.split(",")[1] for line in selection.read_text().splitlines()[-2:]] == ["1", "0"]
 
 
 def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
     """Odd names, links in a circle, and patient data that must stay out of every output."""
     secret = "Geheim^Person"
-    names = ["with space", "quote\"'", "new\nline", "carriage\rreturn", "umläut", os.fsdecode(b"latin\xe4"), "comma,name", "-flag"]
+    names = [
+        "with space",
+        "quote\"'",
+        "new\nline",
+        "carriage\rreturn",
+        "umläut",
+        os.fsdecode(b"latin\xe4"),
+        "comma,name",
+        "-flag",
+    ]
     for i, name in enumerate(names):
-        place = {"ImagePositionPatient": [0, 0, i], "PatientName": secret, "PatientBirthDate": "19010203", "PatientID": secret}
+        place = {
+            "ImagePositionPatient": [0, 0, i],
+            "PatientName": secret,
+            "PatientBirthDate": "19010203",
+            "PatientID": secret,
+        }
         write_dicom(tmp_path / "ct" / f"{name} dir" / name, PIXELS + 100 * i, **place)
-    write_dicom(tmp_path / "ct" / "bad", PIXELS, PatientName=secret, PatientID=secret, RescaleSlope=None)
+    write_dicom(
+        tmp_path / "ct" / "bad", PIXELS, PatientName=secret, PatientID=secret, RescaleSlope=None
+    )
     whole = (tmp_path / "ct" / "bad").read_bytes()
     for i in range(200, len(whole), 60):
         (tmp_path / "ct" / f"cut {i}").write_bytes(whole[:i])
     (tmp_path / "ct" / "circle").symlink_to(".", target_is_directory=True)
     (tmp_path / "ct" / "knot").symlink_to("knot")
     done = run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "hash")
-    text = "".join(file.read_text(errors="surrogateescape") for file in (tmp_path / "out").glob("*.[cj]s*"))
-    assert all(word not in text + done.stdout + done.stderr for word in (secret, "Geheim", "19010203"))
+    text = "".join(
+        file.read_text(errors="surrogateescape") for file in (tmp_path / "out").glob("*.[cj]s*")
+    )
+    assert all(
+        word not in text + done.stdout + done.stderr for word in (secret, "Geheim", "19010203")
+    )
     from common.store import read_lines
 
-    listed = [line["file"] for name in ("slices", "skipped") for line in read_lines(tmp_path / "out" / f"{name}.csv")]
+    listed = [
+        line["file"]
+        for name in ("slices", "skipped")
+        for line in read_lines(tmp_path / "out" / f"{name}.csv")
+    ]
     used = {line["file"] for line in read_lines(tmp_path / "out" / "slices.csv")}
     assert sorted(listed) == sorted({file for file, _, _ in volumes.list_files(tmp_path / "ct")})
     assert used == {f"{name} dir/{name}" for name in names}
@@ -272,13 +367,20 @@ def test_all_files_that_pydicom_ships(tmp_path, run):
     folder = os.path.join(os.path.dirname(pydicom.__file__), "data")
     files = [file for file, _, _ in volumes.list_files(folder)]
     run("reduce.py", folder, tmp_path / "out", "--strategy", "hash")
-    lines = {name: (tmp_path / "out" / f"{name}.csv").read_text().splitlines()[1:] for name in ("slices", "skipped")}
+    lines = {
+        name: (tmp_path / "out" / f"{name}.csv").read_text().splitlines()[1:]
+        for name in ("slices", "skipped")
+    }
     assert len(files) > 200 and len(lines["slices"]) + len(lines["skipped"]) == len(files)
     by_hand = set()
     for file in files:
         try:
             dataset = pydicom.dcmread(os.path.join(folder, file))
-            if dataset.Modality == "CT" and "RescaleSlope" in dataset and "LOCALIZER" not in dataset.ImageType:
+            if (
+                dataset.Modality == "CT"
+                and "RescaleSlope" in dataset
+                and "LOCALIZER" not in dataset.ImageType
+            ):
                 by_hand.add(file)
         except Exception:
             assert isinstance(read_header(os.path.join(folder, file)), str)

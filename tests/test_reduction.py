@@ -33,7 +33,9 @@ def test_hash_selection_is_the_plain_loop(threshold, order):
     bits = random_walk(150, rng)
     bits = {"forward": bits, "backward": bits[::-1], "shuffled": rng.permutation(bits)}[order]
     expected = np.empty(150, int)
-    for kept, members in slow_greedy([imagehash.ImageHash(b.reshape(8, 8)) for b in bits], threshold):
+    for kept, members in slow_greedy(
+        [imagehash.ImageHash(b.reshape(8, 8)) for b in bits], threshold
+    ):
         expected[members] = kept
     hashes = np.array([int(str(imagehash.ImageHash(b.reshape(8, 8))), 16) for b in bits], np.uint64)
     assert reduction.select_hash(hashes, threshold).tolist() == expected.tolist()
@@ -45,7 +47,17 @@ def test_the_stored_dhash_is_that_of_imagehash_at_full_resolution(tmp_path, run,
     pixels.flat[:2] = 0, 255  # so that min-max scaling changes nothing
     (tmp_path / "data").mkdir()
     Image.fromarray(pixels).save(tmp_path / "data" / "p_1.png")
-    run("reduce.py", tmp_path / "data", tmp_path / "out", "--strategy", "all", "--workers", 1, "--size", 32)
+    run(
+        "reduce.py",
+        tmp_path / "data",
+        tmp_path / "out",
+        "--strategy",
+        "all",
+        "--workers",
+        1,
+        "--size",
+        32,
+    )
     with open(tmp_path / "out" / "slices.csv") as file:
         [row] = csv.DictReader(file)
     assert row["dhash"] == str(imagehash.dhash(Image.fromarray(pixels)))
@@ -63,7 +75,10 @@ def test_baselines_keep_what_the_budget_says():
     counts = reduction.share_out(sizes, 0.1)
     assert counts.sum() == 40 and (counts >= 1).all() and (np.abs(counts - sizes * 0.1) <= 1).all()
     for n, count in zip(sizes, counts):
-        for chosen in (reduction.select_evenly(n, count), reduction.select_random(n, count, np.random.default_rng(0))):
+        for chosen in (
+            reduction.select_evenly(n, count),
+            reduction.select_random(n, count, np.random.default_rng(0)),
+        ):
             kept = np.flatnonzero(chosen == np.arange(n))
             assert len(kept) == count
             assert all(abs(i - chosen[i]) == np.abs(i - kept).min() for i in range(n))

@@ -44,49 +44,98 @@ def table(path):
 def test_reduce_writes_the_contract(made):
     folder, cut, stdout = made
     store = folder / "store"
-    slices, rows, selection = np.load(store / "slices.npy"), table(store / "slices.csv"), table(store / "hash-6.csv")
+    slices, rows, selection = (
+        np.load(store / "slices.npy"),
+        table(store / "slices.csv"),
+        table(store / "hash-6.csv"),
+    )
     files = list((folder / "ct").rglob("*.dcm"))
     assert slices.shape == (len(files) - 1, 32, 32) and slices.dtype == np.uint8
-    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"] and len(rows) == len(slices)
-    assert list(selection[0]) == ["row", "kept", "representative", "similarity"] and len(selection) == len(slices)
+    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"] and len(rows) == len(
+        slices
+    )
+    assert list(selection[0]) == ["row", "kept", "representative", "similarity"] and len(
+        selection
+    ) == len(slices)
     [skipped] = table(store / "skipped.csv")
-    assert skipped["file"] == cut.relative_to(folder / "ct").as_posix() and "pixel data" in skipped["reason"]
+    assert (
+        skipped["file"] == cut.relative_to(folder / "ct").as_posix()
+        and "pixel data" in skipped["reason"]
+    )
     assert "1 file skipped" in stdout
     hashes = [imagehash.hex_to_hash(row["dhash"]) for row in rows]
     for row, line in zip(rows, selection):
         representative = int(line["representative"])
-        assert row["volume"] == rows[representative]["volume"] and selection[representative]["kept"] == "1"
+        assert (
+            row["volume"] == rows[representative]["volume"]
+            and selection[representative]["kept"] == "1"
+        )
         assert int(line["similarity"]) == hashes[int(row["row"])] - hashes[representative] <= 6
         assert (line["kept"] == "1") == (representative == int(line["row"]))
-        assert row["dhash"] == str(imagehash.dhash(Image.fromarray(ct.read_slice(folder / "ct" / row["file"]))))
+        assert row["dhash"] == str(
+            imagehash.dhash(Image.fromarray(ct.read_slice(folder / "ct" / row["file"])))
+        )
     for volume in {row["volume"] for row in rows}:
-        assert np.all(np.diff([float(row["position"]) for row in rows if row["volume"] == volume]) > 0)
+        assert np.all(
+            np.diff([float(row["position"]) for row in rows if row["volume"] == volume]) > 0
+        )
     summary = json.loads((store / "hash-6.json").read_text())
-    assert summary["slices"] == len(slices) and summary["kept"] == sum(line["kept"] == "1" for line in selection)
-    assert "TOY" not in "".join(file.read_text() for file in store.glob("*.[cj]s*"))  # no patient's name
+    assert summary["slices"] == len(slices) and summary["kept"] == sum(
+        line["kept"] == "1" for line in selection
+    )
+    assert "TOY" not in "".join(
+        file.read_text() for file in store.glob("*.[cj]s*")
+    )  # no patient's name
     assert Image.open(store / "hash-6.png").width > 1000
 
 
 def test_the_store_is_reused_and_a_changed_ct_folder_is_noticed(made, run):
     folder, _, _ = made
     before = (folder / "store" / "slices.npy").stat().st_mtime_ns
-    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "random", "--keep", 0.3, "--size", 32)
-    assert "headers" not in done.stderr and (folder / "store" / "slices.npy").stat().st_mtime_ns == before
+    done = run(
+        "reduce.py",
+        folder / "ct",
+        folder / "store",
+        "--strategy",
+        "random",
+        "--keep",
+        0.3,
+        "--size",
+        32,
+    )
+    assert (
+        "headers" not in done.stderr
+        and (folder / "store" / "slices.npy").stat().st_mtime_ns == before
+    )
     kept = json.loads((folder / "store" / "random-keep-0.3.json").read_text())
     assert abs(kept["kept"] - 0.3 * kept["slices"]) <= 0.5
     for changed in (["--size", 48], ["--size", 32, "--window", 40, 400]):
-        done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", *changed, ok=False)
+        done = run(
+            "reduce.py", folder / "ct", folder / "store", "--strategy", "all", *changed, ok=False
+        )
         assert "was made from other input" in done.stderr and "Traceback" not in done.stderr
     extra = folder / "ct" / "extra.txt"
     extra.write_text("new")
-    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32, ok=False)
+    done = run(
+        "reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32, ok=False
+    )
     extra.unlink()
     assert "files of DATA" in done.stderr
 
 
 def test_the_number_of_workers_changes_no_byte(made, run):
     folder, _, _ = made
-    run("reduce.py", folder / "ct", folder / "store1", "--strategy", "hash", "--size", 32, "--workers", 1)
+    run(
+        "reduce.py",
+        folder / "ct",
+        folder / "store1",
+        "--strategy",
+        "hash",
+        "--size",
+        32,
+        "--workers",
+        1,
+    )
     for name in ("slices.npy", "slices.csv", "skipped.csv", "hash-6.csv", "hash-6.png"):
         assert (folder / "store1" / name).read_bytes() == (folder / "store" / name).read_bytes()
 
@@ -102,14 +151,26 @@ def encoder(tmp_path_factory):
 @pytest.mark.parametrize("strategy, threshold", [("ssim", 0.9), ("mi", 0.6), ("embedding", 0.999)])
 def test_similarity_strategies_keep_the_rule(made, run, encoder, strategy, threshold):
     folder, store = made[0], made[0] / "store"
-    flags = ["--strategy", strategy, "--size", 32] + ["--encoder", encoder] * (strategy == "embedding")
+    flags = ["--strategy", strategy, "--size", 32] + ["--encoder", encoder] * (
+        strategy == "embedding"
+    )
     run("reduce.py", folder / "ct", store, *flags, "--threshold", threshold)
-    slices, volumes = np.load(store / "slices.npy"), [row["volume"] for row in table(store / "slices.csv")]
+    slices, volumes = (
+        np.load(store / "slices.npy"),
+        [row["volume"] for row in table(store / "slices.csv")],
+    )
     selection = table(store / f"{strategy}-{threshold}.csv")
     if strategy == "embedding":
         with torch.inference_mode():
             network = load_encoder(encoder, "resnet18", 0).eval()
-            features = network(torch.from_numpy(slices).float().div(255).sub(0.5).div(0.5)[:, None].expand(-1, 3, -1, -1)).numpy()
+            features = network(
+                torch.from_numpy(slices)
+                .float()
+                .div(255)
+                .sub(0.5)
+                .div(0.5)[:, None]
+                .expand(-1, 3, -1, -1)
+            ).numpy()
     for volume in set(volumes):
         rows = [i for i, v in enumerate(volumes) if v == volume]
         if strategy == "embedding":
@@ -121,18 +182,35 @@ def test_similarity_strategies_keep_the_rule(made, run, encoder, strategy, thres
             found = measure(i, kept)
             first = next((k for k, value in zip(kept, found) if value >= threshold and k < i), i)
             assert int(selection[row]["representative"]) == rows[first]
-            assert float(selection[row]["similarity"]) == pytest.approx(measure(i, [first])[0], abs=1e-5)
+            assert float(selection[row]["similarity"]) == pytest.approx(
+                measure(i, [first])[0], abs=1e-5
+            )
     assert 0 < sum(row["kept"] == "1" for row in selection) < len(slices)
     run("reduce.py", folder / "ct", store, *flags, "--keep", 0.25)
     summary = json.loads((store / f"{strategy}-keep-0.25.json").read_text())
-    assert abs(summary["kept"] - 0.25 * summary["slices"]) <= 1 and summary["settings"]["threshold"] < 1
+    assert (
+        abs(summary["kept"] - 0.25 * summary["slices"]) <= 1
+        and summary["settings"]["threshold"] < 1
+    )
 
 
 def test_hash_to_a_budget_and_over_the_data_set(made, run):
     folder, store = made[0], made[0] / "store"
     hashes = np.array([int(row["dhash"], 16) for row in table(store / "slices.csv")], np.uint64)
     kept = {t: len(set(reduction.select_hash(hashes, t))) for t in range(65)}
-    run("reduce.py", folder / "ct", store, "--strategy", "hash", "--scope", "dataset", "--keep", 0.3, "--size", 32)
+    run(
+        "reduce.py",
+        folder / "ct",
+        store,
+        "--strategy",
+        "hash",
+        "--scope",
+        "dataset",
+        "--keep",
+        0.3,
+        "--size",
+        32,
+    )
     summary = json.loads((store / "hash-keep-0.3-dataset.json").read_text())
     closest = min(kept.values(), key=lambda count: abs(count - 0.3 * len(hashes)))
     assert summary["kept"] == kept[summary["settings"]["threshold"]] == closest
@@ -170,10 +248,20 @@ def test_pretrain_resumes_to_the_same_bytes(made, run, stopped, capsys, tmp_path
     )
     run("-c", program, selection, tmp_path / "b", "--steps", 6, *TINY, ok=False)
     assert not (tmp_path / "b" / "encoder.pt").exists()
-    assert "going on at step 3" in run("pretrain.py", selection, tmp_path / "b", "--steps", 6, *TINY).stdout
-    assert (tmp_path / "a" / "encoder.pt").read_bytes() == (tmp_path / "b" / "encoder.pt").read_bytes()
-    assert stopped("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY) == "" and "nothing to do" in capsys.readouterr().out
-    assert "other settings (steps 6 -> 7)" in stopped("pretrain.py", selection, tmp_path / "a", "--steps", 7, *TINY)
+    assert (
+        "going on at step 3"
+        in run("pretrain.py", selection, tmp_path / "b", "--steps", 6, *TINY).stdout
+    )
+    assert (tmp_path / "a" / "encoder.pt").read_bytes() == (
+        tmp_path / "b" / "encoder.pt"
+    ).read_bytes()
+    assert (
+        stopped("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY) == ""
+        and "nothing to do" in capsys.readouterr().out
+    )
+    assert "other settings (steps 6 -> 7)" in stopped(
+        "pretrain.py", selection, tmp_path / "a", "--steps", 7, *TINY
+    )
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert {"settings", "versions"} <= set(lines[0]) and lines[-1]["step"] == 6
     assert set(load_encoder(tmp_path / "a" / "encoder.pt", "resnet18", 0).state_dict()) == set(
@@ -187,30 +275,80 @@ def test_evaluate_writes_one_line_a_seed_and_its_scores(tmp_path, run, here):
     toy.write_tasks(tmp_path, size=32)
     results = tmp_path / "results.csv"
     common = ["--results", results, "--arch", "resnet18", "--size", 32, "--seeds", 2]
-    here("evaluate.py", "toy-organ", tmp_path, "--encoder", "scratch", *common, "--protocol", "linear", "--name", "ALL")
-    run("evaluate.py", "toy-lesion", tmp_path, "--encoder", "scratch", *common, "--epochs", 2, "--freeze-epochs", 1)
-    again = here("evaluate.py", "toy-lesion", tmp_path, "--encoder", "scratch", *common, "--epochs", 2, "--freeze-epochs", 1)
+    here(
+        "evaluate.py",
+        "toy-organ",
+        tmp_path,
+        "--encoder",
+        "scratch",
+        *common,
+        "--protocol",
+        "linear",
+        "--name",
+        "ALL",
+    )
+    run(
+        "evaluate.py",
+        "toy-lesion",
+        tmp_path,
+        "--encoder",
+        "scratch",
+        *common,
+        "--epochs",
+        2,
+        "--freeze-epochs",
+        1,
+    )
+    again = here(
+        "evaluate.py",
+        "toy-lesion",
+        tmp_path,
+        "--encoder",
+        "scratch",
+        *common,
+        "--epochs",
+        2,
+        "--freeze-epochs",
+        1,
+    )
     assert again.count("done before") == 2
     rows = table(results)
     assert [(r["task"], r["name"], r["protocol"], r["seed"]) for r in rows] == [
-        ("toy-organ", "ALL", "linear", "0"), ("toy-organ", "ALL", "linear", "1"),
-        ("toy-lesion", "scratch", "finetune", "0"), ("toy-lesion", "scratch", "finetune", "1"),
-    ]  # fmt: skip
+        ("toy-organ", "ALL", "linear", "0"),
+        ("toy-organ", "ALL", "linear", "1"),
+        ("toy-lesion", "scratch", "finetune", "0"),
+        ("toy-lesion", "scratch", "finetune", "1"),
+    ]
     for row in rows:
-        scores = np.load(tmp_path / "results-scores" / "{task}-{name}-{protocol}-{seed}.npz".format(**row))
+        scores = np.load(
+            tmp_path / "results-scores" / "{task}-{name}-{protocol}-{seed}.npz".format(**row)
+        )
         labels, p = scores["labels"], scores["probabilities"]
         binary = p.shape[1] == 2
-        expected = roc_auc_score(labels, p[:, 1] if binary else p / p.sum(1, keepdims=True), multi_class="ovr")
-        assert float(row["auc"]) == pytest.approx(expected, abs=2e-5) and len(labels) == int(row["test"])
-        assert float(row["f1"]) == pytest.approx(f1_score(labels, p.argmax(1), average="binary" if binary else "macro"), abs=1e-5)
-        assert float(row["accuracy"]) == pytest.approx(accuracy_score(labels, p.argmax(1)), abs=1e-5)
+        expected = roc_auc_score(
+            labels, p[:, 1] if binary else p / p.sum(1, keepdims=True), multi_class="ovr"
+        )
+        assert float(row["auc"]) == pytest.approx(expected, abs=2e-5) and len(labels) == int(
+            row["test"]
+        )
+        assert float(row["f1"]) == pytest.approx(
+            f1_score(labels, p.argmax(1), average="binary" if binary else "macro"), abs=1e-5
+        )
+        assert float(row["accuracy"]) == pytest.approx(
+            accuracy_score(labels, p.argmax(1)), abs=1e-5
+        )
     tables = here("evaluate.py", "tables", results)
     assert "| ALL | -" in tables and "0.830" in tables
     listed = table(tmp_path / "results-scores" / "near-duplicates-toy-organ.csv")
     task = load_task("toy-organ", tmp_path, 32)
     pairs = leaks(task, split_of(task, 0))
-    assert [tuple(row.values()) for row in listed] == [(task.names[i], task.names[j], str(bits)) for i, j, bits in pairs]
-    assert f"toy-lesion: {len(table(tmp_path / 'results-scores' / 'near-duplicates-toy-lesion.csv'))} of" in again
+    assert [tuple(row.values()) for row in listed] == [
+        (task.names[i], task.names[j], str(bits)) for i, j, bits in pairs
+    ]
+    assert (
+        f"toy-lesion: {len(table(tmp_path / 'results-scores' / 'near-duplicates-toy-lesion.csv'))} of"
+        in again
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,8 +358,30 @@ def test_evaluate_writes_one_line_a_seed_and_its_scores(tmp_path, run, here):
         (["reduce.py", "{t}", "{t}/o", "--strategy", "all"], "lies inside"),
         (["reduce.py", "{t}/empty", "{t}/o", "--strategy", "all"], "no CT slice"),
         (["pretrain.py", "{t}/none.csv", "{t}/r"], "no such selection"),
-        (["evaluate.py", "toy-organ", "{t}/none", "--encoder", "scratch", "--results", "{t}/r.csv"], "no such file"),
-        (["evaluate.py", "toy-organ", "{t}/empty", "--encoder", "scratch", "--results", "{t}/r.csv"], "one is needed"),
+        (
+            [
+                "evaluate.py",
+                "toy-organ",
+                "{t}/none",
+                "--encoder",
+                "scratch",
+                "--results",
+                "{t}/r.csv",
+            ],
+            "no such file",
+        ),
+        (
+            [
+                "evaluate.py",
+                "toy-organ",
+                "{t}/empty",
+                "--encoder",
+                "scratch",
+                "--results",
+                "{t}/r.csv",
+            ],
+            "one is needed",
+        ),
         (["evaluate.py", "tables", "{t}/none.csv"], "no such file"),
     ],
 )
@@ -240,32 +400,63 @@ def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
     whole = (tmp_path / "store" / "slices.npy").read_bytes()
     for harm in (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], whole[:-1], b""):
         (tmp_path / "store" / "slices.npy").write_bytes(harm)
-        assert "damaged" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
-        assert "damaged" in stopped("reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32)
+        assert "damaged" in stopped(
+            "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
+        )
+        assert "damaged" in stopped(
+            "reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32
+        )
     for harm in ("", "{", "[]"):
         (tmp_path / "store" / "store.json").write_text(harm)
-        assert "damaged" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
-        assert "damaged" in stopped("reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32)
+        assert "damaged" in stopped(
+            "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
+        )
+        assert "damaged" in stopped(
+            "reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32
+        )
     (tmp_path / "store" / "store.json").unlink()  # as in a store made by hand
-    assert "not an array of slices" in stopped("pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY)
+    assert "not an array of slices" in stopped(
+        "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
+    )
 
 
 def test_a_second_run_in_the_same_folder_stops(made, stopped):
     with only_one(made[0] / "store"):
-        assert "another run" in stopped("reduce.py", made[0] / "ct", made[0] / "store", "--strategy", "hash", "--size", 32)
+        assert "another run" in stopped(
+            "reduce.py", made[0] / "ct", made[0] / "store", "--strategy", "hash", "--size", 32
+        )
     assert not (made[0] / "store" / ".lock").exists()
 
 
 def test_ctrl_c_ends_with_one_line(made, tmp_path):
-    command = [sys.executable, "pretrain.py", made[0] / "store" / "hash-6.csv", tmp_path / "run", "--epochs", 9999, *TINY]
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start with it ignored
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
+    command = [
+        sys.executable,
+        "pretrain.py",
+        made[0] / "store" / "hash-6.csv",
+        tmp_path / "run",
+        "--epochs",
+        9999,
+        *TINY,
+    ]
+    heeds = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs start with it ignored
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds
+    )
     while not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and stderr.splitlines()[-1].startswith("stopped:") and "Traceback" not in stderr
-    assert not list((tmp_path / "run").glob("*.unfinished")) and not (tmp_path / "run" / ".lock").exists()
+    assert (
+        process.returncode == 1
+        and stderr.splitlines()[-1].startswith("stopped:")
+        and "Traceback" not in stderr
+    )
+    assert (
+        not list((tmp_path / "run").glob("*.unfinished"))
+        and not (tmp_path / "run" / ".lock").exists()
+    )
 
 
 def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):

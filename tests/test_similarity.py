@@ -14,9 +14,18 @@ def slices_like_ct(size=64, n=8):
     """Smooth blobs that drift from slice to slice on air, then what is hard: constant, noisy, bright, two-valued slices."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / size - 0.5
-    body = [255 * np.exp(-20 * ((x - i / 40) ** 2 + y**2)) + rng.normal(0, 4, (size, size)) * (x**2 + y**2 < 0.16) for i in range(n)]
-    hard = [np.zeros((size, size)), np.full((size, size), 255), rng.integers(0, 256, (size, size)),
-            rng.integers(250, 252, (size, size)), 255.0 * (x > 0)]  # fmt: skip
+    body = [
+        255 * np.exp(-20 * ((x - i / 40) ** 2 + y**2))
+        + rng.normal(0, 4, (size, size)) * (x**2 + y**2 < 0.16)
+        for i in range(n)
+    ]
+    hard = [
+        np.zeros((size, size)),
+        np.full((size, size), 255),
+        rng.integers(0, 256, (size, size)),
+        rng.integers(250, 252, (size, size)),
+        255.0 * (x > 0),
+    ]
     return np.stack([np.clip(s, 0, 255).astype(np.uint8) for s in [*body, *hard]])
 
 
@@ -25,10 +34,16 @@ def slow_ssim(a, b):
     g = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     w = np.outer(g, g) / g.sum() ** 2
     found = []
-    for p, q in zip(sliding_window_view(a.astype(float), (11, 11)).reshape(-1, 11, 11),
-                    sliding_window_view(b.astype(float), (11, 11)).reshape(-1, 11, 11)):  # fmt: skip
+    for p, q in zip(
+        sliding_window_view(a.astype(float), (11, 11)).reshape(-1, 11, 11),
+        sliding_window_view(b.astype(float), (11, 11)).reshape(-1, 11, 11),
+    ):
         mp, mq = (w * p).sum(), (w * q).sum()
-        vp, vq, cov = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
+        vp, vq, cov = (
+            (w * (p - mp) ** 2).sum(),
+            (w * (q - mq) ** 2).sum(),
+            (w * (p - mp) * (q - mq)).sum(),
+        )
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
         found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
     return np.mean(found)
@@ -38,27 +53,35 @@ def test_ssim_is_that_of_the_paper():
     slices = slices_like_ct(size=40)
     measure, everything = similarity.ssim(slices), np.arange(len(slices))
     for i in (0, 3, 8, 9, 10, 11, 12):
-        assert measure(i, everything) == pytest.approx([slow_ssim(slices[i], s) for s in slices], abs=1e-5)
+        assert measure(i, everything) == pytest.approx(
+            [slow_ssim(slices[i], s) for s in slices], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("size", [11, 12, 35, 224])
 def test_ssim_of_a_slice_with_itself_is_1_at_any_size(size):
     slices = slices_like_ct(size=size, n=2)
-    assert [similarity.ssim(slices)(i, [i])[0] for i in range(len(slices))] == pytest.approx(np.ones(len(slices)), abs=1e-6)
+    assert [similarity.ssim(slices)(i, [i])[0] for i in range(len(slices))] == pytest.approx(
+        np.ones(len(slices)), abs=1e-6
+    )
 
 
 def test_mutual_information_is_that_of_scikit_learn():
     slices = slices_like_ct()
     measure, everything = similarity.mutual_information(slices), np.arange(len(slices))
     for i in everything:
-        expected = [normalized_mutual_info_score(slices[i].ravel() // 8, s.ravel() // 8) for s in slices]
+        expected = [
+            normalized_mutual_info_score(slices[i].ravel() // 8, s.ravel() // 8) for s in slices
+        ]
         assert measure(i, everything) == pytest.approx(expected, abs=1e-9)
 
 
 def test_cosine():
     features = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     for i in range(6):
-        expected = [a @ features[i] / np.linalg.norm(a) / np.linalg.norm(features[i]) for a in features]
+        expected = [
+            a @ features[i] / np.linalg.norm(a) / np.linalg.norm(features[i]) for a in features
+        ]
         assert similarity.cosine(features)(i, np.arange(6)) == pytest.approx(expected, abs=1e-6)
 
 
@@ -83,8 +106,17 @@ def test_the_index_over_hashes_changes_no_selection(threshold):
     rng = np.random.default_rng(threshold)
     turns = rng.random((5000, 64)) < 0.03
     turns[::125] = rng.random((40, 64)) < 0.3  # near enough that volumes overlap
-    hashes = np.packbits(np.logical_xor.accumulate(turns, 0), axis=1).view(">u8").ravel().astype(np.uint64)
-    brute, _ = reduction.greedy(5000, lambda i, others: reduction.hamming(hashes[i], hashes[others]), lambda b: b <= threshold)
+    hashes = (
+        np.packbits(np.logical_xor.accumulate(turns, 0), axis=1)
+        .view(">u8")
+        .ravel()
+        .astype(np.uint64)
+    )
+    brute, _ = reduction.greedy(
+        5000,
+        lambda i, others: reduction.hamming(hashes[i], hashes[others]),
+        lambda b: b <= threshold,
+    )
     assert reduction.select_hash(hashes, threshold).tolist() == brute.tolist()
 
 
@@ -94,10 +126,17 @@ def test_dhash_is_that_of_imagehash_bit_for_bit():
         height, width = rng.integers(1, 30, 2) if n % 4 == 0 else rng.integers(16, 530, 2)
         pixels = rng.integers(0, 256, (height, width), dtype=np.uint8)
         if n % 3 == 0:  # smooth
-            pixels = np.asarray(Image.fromarray(pixels[:9, :9]).resize((int(width), int(height)), Image.Resampling.BICUBIC))
+            pixels = np.asarray(
+                Image.fromarray(pixels[:9, :9]).resize(
+                    (int(width), int(height)), Image.Resampling.BICUBIC
+                )
+            )
         if n % 3 == 1:  # two values, as far apart as can be
             pixels = (pixels > 127).astype(np.uint8) * 255
-        assert reduction.dhash(pixels) == str(imagehash.dhash(Image.fromarray(pixels))), (height, width)
+        assert reduction.dhash(pixels) == str(imagehash.dhash(Image.fromarray(pixels))), (
+            height,
+            width,
+        )
 
 
 @pytest.mark.parametrize("target", [3, 4, 10, 37, 99.6, 100])

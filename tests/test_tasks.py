@@ -22,7 +22,10 @@ def covid(tmp_path):
             listing.parent.mkdir(parents=True, exist_ok=True)
             listing.write_text("".join(f"{part} {i}.png\n" for i in range(n)))
             for i in range(n):
-                picture(tmp_path / f"CT_{kind}" / f"{part} {i}.png", rng.integers(0, 256, (40, 30), dtype=np.uint8))
+                picture(
+                    tmp_path / f"CT_{kind}" / f"{part} {i}.png",
+                    rng.integers(0, 256, (40, 30), dtype=np.uint8),
+                )
     return tmp_path
 
 
@@ -34,7 +37,9 @@ def head(tmp_path):
     images[29] = images[28]
     for i, image in enumerate(images):
         picture(tmp_path / "head_ct" / f"{i:03d}.png", image)
-    (tmp_path / "labels.csv").write_text("id, hemorrhage\n" + "".join(f"{i},{int(i < 20)}\n" for i in range(40)))
+    (tmp_path / "labels.csv").write_text(
+        "id, hemorrhage\n" + "".join(f"{i},{int(i < 20)}\n" for i in range(40))
+    )
     return tmp_path
 
 
@@ -43,13 +48,22 @@ def organ():
     """What an organ.npz holds."""
     rng = np.random.default_rng(0)
     counts = {"train": 12, "val": 6, "test": 6}
-    images = {f"{part}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for part, n in counts.items()}
-    return images | {f"{part}_labels": np.arange(n, dtype=np.uint8)[:, None] % 3 for part, n in counts.items()}
+    images = {
+        f"{part}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        for part, n in counts.items()
+    }
+    return images | {
+        f"{part}_labels": np.arange(n, dtype=np.uint8)[:, None] % 3 for part, n in counts.items()
+    }
 
 
 def test_covid_ct_has_its_published_split(covid):
     task = load_task("covid-ct", covid, 24)
-    assert {part: len(rows) for part, rows in split_of(task, 0).items()} == {"train": 8, "val": 4, "test": 6}
+    assert {part: len(rows) for part, rows in split_of(task, 0).items()} == {
+        "train": 8,
+        "val": 4,
+        "test": 6,
+    }
     assert task.images.shape == (18, 24, 24) and task.labels.sum() == 9 and task.vertical_flip
     assert task.names[0] == "CT_NonCOVID/train 0.png" and task.names[-1] == "CT_COVID/test 2.png"
 
@@ -62,7 +76,10 @@ def test_a_head_seen_twice_stays_on_one_side_of_every_split(head):
         assert sorted(np.concatenate(list(split.values()))) == list(range(40))
         assert any({28, 29} <= set(rows) for rows in split.values())
         assert all(4 <= task.labels[split[part]].sum() <= 12 for part in split)
-    assert any(not np.array_equal(split_of(task, 0)["test"], split_of(task, s)["test"]) for s in range(1, 5))
+    assert any(
+        not np.array_equal(split_of(task, 0)["test"], split_of(task, s)["test"])
+        for s in range(1, 5)
+    )
 
 
 def test_leaks_are_the_nearest_training_images(tmp_path, organ):
@@ -73,7 +90,11 @@ def test_leaks_are_the_nearest_training_images(tmp_path, organ):
     task = load_task("organ", tmp_path, 24)
     split = split_of(task, 0)
     found = leaks(task, split)
-    bits = {(i, j): int(hamming(task.hashes[i], task.hashes[j])) for i in split["test"] for j in split["train"]}
+    bits = {
+        (i, j): int(hamming(task.hashes[i], task.hashes[j]))
+        for i in split["test"]
+        for j in split["train"]
+    }
     nearest = {i: min(split["train"], key=lambda j: bits[i, j]) for i in split["test"]}
     assert found == [(i, j, bits[i, j]) for i, j in nearest.items() if bits[i, j] <= DUPLICATE_BITS]
     assert [(task.names[i], task.names[j]) for i, j, _ in found] == [("test 2", "train 7")]
@@ -83,7 +104,11 @@ def refused(name, data, *words):
     with pytest.raises(SystemExit) as caught:
         load_task(name, data, 24)
     message = str(caught.value)
-    assert message.startswith(f"error: {data}") and "\n" not in message and all(word in message for word in words), message
+    assert (
+        message.startswith(f"error: {data}")
+        and "\n" not in message
+        and all(word in message for word in words)
+    ), message
 
 
 def edit(file, old, new):
@@ -126,15 +151,25 @@ def test_a_broken_image_is_named(head, harm):
     whole = file.read_bytes()
     file.unlink()
     if harm != "missing":
-        file.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "text": b"junk"}[harm])
+        file.write_bytes(
+            {"cut short": whole[: len(whole) // 2], "empty": b"", "text": b"junk"}[harm]
+        )
     refused("head-ct", head, "007.png")
 
 
 @pytest.mark.parametrize(
     "file, text, words",
     [
-        ("COVID/trainCT_COVID.txt", "train 0.png\ntrain 0.png\n", "trainCT_COVID.txt: train 0.png already"),
-        ("COVID/testCT_COVID.txt", "train 0.png\n", "testCT_COVID.txt: train 0.png trainCT_COVID.txt already"),
+        (
+            "COVID/trainCT_COVID.txt",
+            "train 0.png\ntrain 0.png\n",
+            "trainCT_COVID.txt: train 0.png already",
+        ),
+        (
+            "COVID/testCT_COVID.txt",
+            "train 0.png\n",
+            "testCT_COVID.txt: train 0.png trainCT_COVID.txt already",
+        ),
         ("COVID/valCT_COVID.txt", "nowhere.png\n", "valCT_COVID.txt: nowhere.png"),
         ("COVID/valCT_COVID.txt", "val 0.png\n", "the val split holds 1 images of class 1"),
         ("COVID/valCT_COVID.txt", "\n", "valCT_COVID.txt: no image"),
@@ -167,11 +202,16 @@ def test_bad_split_files_of_covid_ct_are_named(covid, file, text, words):
 )
 def test_bad_arrays_of_an_npz_are_named(tmp_path, organ, key, change, words):
     organ[key] = None if change is None else change(organ[key])
-    np.savez(tmp_path / "organ.npz", **{name: array for name, array in organ.items() if array is not None})
+    np.savez(
+        tmp_path / "organ.npz",
+        **{name: array for name, array in organ.items() if array is not None},
+    )
     refused("organ", tmp_path, "organ.npz", *words.split())
 
 
-@pytest.mark.parametrize("classes, words", [([0, 0, 0], "class 1"), ([0, 1, 3], "class 2"), ([1, 2, 3], "class 0")])
+@pytest.mark.parametrize(
+    "classes, words", [([0, 0, 0], "class 1"), ([0, 1, 3], "class 2"), ([1, 2, 3], "class 0")]
+)
 def test_missing_classes_of_an_npz_are_named(tmp_path, organ, classes, words):
     for part in ("train", "val", "test"):
         organ[f"{part}_labels"] = np.array(classes)[organ[f"{part}_labels"]]
@@ -179,8 +219,15 @@ def test_missing_classes_of_an_npz_are_named(tmp_path, organ, classes, words):
     refused("organ", tmp_path, "organ.npz", words, "holds no image")
 
 
-@pytest.mark.parametrize("harm", [lambda data: data[:-100], lambda data: data[:3000] + b"junk" + data[3004:],
-                                  lambda data: b"", lambda data: b"no zip at all"])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: data[:-100],
+        lambda data: data[:3000] + b"junk" + data[3004:],
+        lambda data: b"",
+        lambda data: b"no zip at all",
+    ],
+)
 def test_a_damaged_npz_is_named(tmp_path, organ, harm):
     np.savez_compressed(tmp_path / "organ.npz", **organ)
     (tmp_path / "organ.npz").write_bytes(harm((tmp_path / "organ.npz").read_bytes()))
