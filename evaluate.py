@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, features, input_statistics, load_encoder
-from common.files import csv_line, fail, only_one, run_script, whole_file
+from common.files import atomic_write, csv_line, exclusive, fail, run_script
 from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
 from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
 
@@ -41,7 +41,7 @@ def main():
         return print_tables(sys.argv[2:])
     args = parse_args()
     task = load_task(args.task, args.data, args.size)
-    with only_one(scores_folder(args.results)):
+    with exclusive(scores_folder(args.results)):
         evaluate(args, task)
 
 
@@ -182,7 +182,7 @@ def report_duplicates(args, task):
         found = f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the training images"
     path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
     named = [(task.names[one], task.names[other], bits) for one, other, bits in pairs]
-    with whole_file(path, text=True) as file:
+    with atomic_write(path, text=True) as file:
         for row in [columns, *named]:
             csv_line(file, row)
     example = ": {} and {} ({} bits apart)".format(*named[0]) if named else ""
@@ -312,14 +312,14 @@ def is_done(results, row):
 
 def write_row(results, row, images, labels, probabilities):
     """Save the test scores, then add the line, in place of one with the same task, name, protocol and seed."""
-    with whole_file(scores_file(results, row)) as file:
+    with atomic_write(scores_file(results, row)) as file:
         np.savez(file, images=images, labels=labels, probabilities=probabilities.astype(np.float32))
 
     def same(old):
         return all(old[key] == str(row[key]) for key in ("task", "name", "protocol", "seed"))
 
     rows = [old for old in read_results(results) if not same(old)] + [row]
-    with whole_file(results, text=True) as file:
+    with atomic_write(results, text=True) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

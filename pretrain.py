@@ -8,7 +8,6 @@ Called again on an unfinished RUN it goes on where it was; on a finished one it 
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import simclr
-from common.files import fail, only_one, run_script, versions, whole_file
+from common.files import atomic_write, exclusive, fail, run_script, versions
 from common.loader import stream
 from common.store import read_selection
 
@@ -34,10 +33,11 @@ COLLAPSED = 0.005  # std of the normalised embedding
 def main():
     args = parse_args()
     rank, world, device = join_processes(args.device)
-    slices, kept = read_selection(args.selection)
+    selection = read_selection(args.selection)
+    slices, kept = selection.store.slices, selection.kept
     steps = args.steps or args.epochs * math.ceil(len(kept) / args.batch_size)
-    settings = describe(args, kept, steps, world)
-    with only_one(args.run) if rank == 0 else nullcontext():
+    settings = describe(args, selection, steps, world)
+    with exclusive(args.run) if rank == 0 else nullcontext():
         saved = open_run(args.run, settings, rank)
         train(args, slices, kept, steps, settings, saved, rank, world, device)
     if world > 1:
@@ -209,8 +209,9 @@ def distributed(model, device):
     )
 
 
-def describe(args, kept, steps, world):
+def describe(args, selection, steps, world):
     """What makes a run this run: its flags, and digests of the selection and of the store's table."""
+    kept = selection.kept
     if len(kept) < 2 * world:
         fail(
             f"{args.selection}: keeps {len(kept)} slice{'s' * (len(kept) > 1)}: contrastive learning needs at least 2 a process"
@@ -226,9 +227,7 @@ def describe(args, kept, steps, world):
         "temperature",
         "seed",
     ]
-    files = [args.selection, args.selection.parent / "slices.csv"]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    found = {"slices": len(kept), "steps": steps, "processes": world, "selection": digest[:16]}
+    found = {"slices": len(kept), "steps": steps, "processes": world, "selection": selection.digest}
     return {name: getattr(args, name) for name in names} | found
 
 
@@ -358,14 +357,14 @@ def finish(run, state, model, kept):
 
 
 def write_log(run, lines):
-    with whole_file(run / "log.jsonl", text=True) as file:
+    with atomic_write(run / "log.jsonl", text=True) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def save(path, state):
     packed = io.BytesIO()  # PyTorch's own writer hides why a disk takes no more
     torch.save(state, packed)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(packed.getbuffer())
 
 

@@ -30,10 +30,11 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import reduction, similarity
-from common.build import in_order, worker_pool
-from common.files import fail, only_one, run_script, versions, whole_file
+from common.files import atomic_write, exclusive, fail, run_script, versions
+from common.hashing import hamming
 from common.sheet import contact_sheet
 from common.store import check_folders, open_or_build_store
+from common.workers import in_order, worker_pool
 
 DEFAULT_THRESHOLDS = {
     "hash": 6,
@@ -47,7 +48,7 @@ DEFAULT_THRESHOLDS = {
 def main():
     args = parse_args()
     check_folders(args.data, args.out)
-    with only_one(args.out):
+    with exclusive(args.out):
         reduce(args)
 
 
@@ -62,7 +63,7 @@ def reduce(args):
     name = selection_name(args, threshold)
     kept = representative == np.arange(len(representative))
     write_selection(args.out / f"{name}.csv", representative, similar)
-    with whole_file(args.out / f"{name}.png") as file:
+    with atomic_write(args.out / f"{name}.png") as file:
         contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
     seconds = {
         "store": stored - started,
@@ -173,7 +174,7 @@ def select(args, store):
         representative = join(groups, [chosen(n, count) for n, count in zip(sizes, budget)])
         return (
             representative,
-            reduction.hamming(store.hashes, store.hashes[representative]),
+            hamming(store.hashes, store.hashes[representative]),
             args.threshold,
         )
 
@@ -192,7 +193,7 @@ def by_hash(args, store, groups):
         representative = join(
             groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups]
         )
-        return representative, reduction.hamming(store.hashes, store.hashes[representative])
+        return representative, hamming(store.hashes, store.hashes[representative])
 
     return pick
 
@@ -283,7 +284,7 @@ def selection_name(args, threshold):
 def write_selection(path, representative, similar):
     """NAME.csv: row,kept,representative,similarity; similarity to the representative (hash and baselines: bits that differ)."""
     rounded = similar if similar.dtype.kind == "i" else similar.astype(float).round(6)
-    with whole_file(path, text=True) as file:
+    with atomic_write(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "kept", "representative", "similarity"])
         writer.writerows(
@@ -310,7 +311,7 @@ def write_summary(args, name, threshold, store, kept, seconds):
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "versions": versions(),
     }
-    with whole_file(args.out / f"{name}.json", text=True) as file:
+    with atomic_write(args.out / f"{name}.json", text=True) as file:
         json.dump(summary, file, indent=1)
 
 

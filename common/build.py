@@ -1,31 +1,23 @@
 """Building a slice store: headers and pixels of every file read once, in parallel, in order."""
 
-import os
 import re
-import signal
 import sys
-import time
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from threading import Thread
-from warnings import simplefilter
 
-import imagehash
 import numpy as np
 from PIL import Image
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from common import ct
-from common.files import csv_line, fail, whole_file
-from common.reduction import dhash
+from common.files import atomic_write, csv_line, fail
+from common.hashing import check_dhash, slice_hash
 from common.volumes import find_volumes
+from common.workers import in_order, worker_pool
 
-BATCH, AHEAD = 16, 32  # slices decoded at a time; batches in work or waiting to be written
+BATCH = 16  # slices decoded at a time
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
 
@@ -52,7 +44,7 @@ def build_store(data, out, files, size, window, workers):
         decoded = in_order(pool, partial(decode, size=size, window=window), batches(jobs, BATCH))
         with tqdm(desc="slices", total=len(places), unit="slice", disable=not places) as progress:
             n, n_volumes = write_slices(data, out, places, decoded, progress, size, skipped)
-    with whole_file(out / "skipped.csv", text=True) as file:
+    with atomic_write(out / "skipped.csv", text=True) as file:
         for row in [("file", "reason"), *sorted(skipped)]:
             csv_line(file, row)
     report(out, n, n_volumes, skipped, warnings)
@@ -81,50 +73,6 @@ def report(out, n, n_volumes, skipped, warnings):
         )
 
 
-def worker_pool(workers):
-    """A pool of processes, as many as there are cores by default; each computes in one thread, or they would fight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        return ProcessPoolExecutor(workers or cores, initializer=start_worker)
-    except OSError as error:  # its locks lie in shared memory
-        fail(f"cannot start worker processes: {error.strerror}")
-
-
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    simplefilter(
-        "ignore"
-    )  # of pydicom about odd headers: they quote values, and what cannot be used is listed
-    threadpool_limits(1)
-    np.empty(
-        2**24, np.uint8
-    )  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
-
-
-def end_with_parent(parent):
-    """End this process soon after the one that started it was killed; it would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def in_order(pool, work, jobs):
-    """Yield work(job) of every job, in order, worked on in the pool; only so many at a time that memory stays bounded."""
-    running = deque()
-    try:
-        for job in jobs:
-            running.append(pool.submit(work, job))
-            if len(running) >= AHEAD:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    except BrokenProcessPool:
-        fail(
-            "a worker process was killed, most likely for want of memory: try again with --workers 1"
-        )
-
-
 def batches(items, size):
     items = iter(items)
     return iter(lambda: list(islice(items, size)), [])
@@ -146,11 +94,9 @@ def decode(jobs, size, window):
         except ct.Unusable as error:
             found.append(error)
             continue
-        image, bits = Image.fromarray(slice8), dhash(slice8)
-        if not pixels and bits != str(imagehash.dhash(image)):
-            fail(
-                "dHash differs from imagehash's: install the versions in requirements.txt, Pillow's above all"
-            )
+        if not pixels:
+            check_dhash(slice8)
+        image, bits = Image.fromarray(slice8), slice_hash(slice8)
         pixels.append(
             image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0).tobytes()
         )
@@ -162,8 +108,8 @@ def write_slices(data, out, places, decoded, progress, size, skipped):
     """Write slices.npy and slices.csv in one pass; append to skipped. Returns the numbers of slices and volumes."""
     n, volumes, places = 0, set(), iter(places)
     with (
-        whole_file(out / "slices.npy") as array_file,
-        whole_file(out / "slices.csv", text=True) as csv_file,
+        atomic_write(out / "slices.npy") as array_file,
+        atomic_write(out / "slices.csv", text=True) as csv_file,
     ):
         write_npy_header(array_file, 0, size)
         csv_line(csv_file, COLUMNS)

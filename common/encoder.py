@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from common.files import fail, whole_file
+from common.files import atomic_write, fail
 from common.simclr import MEAN, STD, to_input
 
 LAYOUTS = [
@@ -171,7 +171,7 @@ def embed(source, slices, folder):
     )
     network = load_encoder(source, "resnet18" if basic else "resnet50", seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         for found in features(network, slices, input_statistics(source), device, "features"):
             if not file.tell():
                 shape = (len(slices), found.shape[1])

@@ -1,13 +1,17 @@
-"""Output files that are either whole or absent, one run at a time in a folder, and errors that are one line."""
+"""Output files that are complete or absent, locks, digests of the code, and errors that are one line."""
 
+import ast
 import csv
 import fcntl
+import hashlib
 import os
 import sys
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = ".unfinished"  # ends the names of files that are being written
 
 
@@ -19,9 +23,8 @@ def fail(message):
 def run_script(main):
     """Run a script's main(); Ctrl-C ends it with one line, since everything finished is on disk."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # names that are not UTF-8 must not stop a run
+        # file names that are not UTF-8 must not stop a run
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -29,8 +32,11 @@ def run_script(main):
 
 
 @contextmanager
-def only_one(folder):
-    """Stop with one line if another run works in folder; a killed run leaves no lock behind. Removes what it was writing."""
+def exclusive(folder):
+    """Work alone in a folder: stop with one line if another run works there.
+
+    A killed run leaves no lock behind; the files that it was writing are removed.
+    """
     try:
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,12 +45,12 @@ def only_one(folder):
         fail(f"{folder}: {error.strerror}")
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             fail(f"{folder}: another run is at work there: wait for it, or give another folder")
         try:
-            for old in folder.glob("*" + UNFINISHED):
-                old.unlink()
+            for unfinished in folder.glob("*" + UNFINISHED):
+                unfinished.unlink()
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
@@ -53,15 +59,41 @@ def only_one(folder):
 
 
 @contextmanager
-def whole_file(path, text=False):
-    """Open a temporary file beside path for writing; rename it to path at the end of the block, or remove it on an error."""
+def locked(path):
+    """Hold path's lock file, `path.lock`, for the moment of changing path; others wait for it."""
+    lock_path = Path(path).with_name(Path(path).name + ".lock")
+    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(lock_path, "w")
+    except OSError as error:
+        fail(f"{lock_path}: {error.strerror}")
+    with lock:
+        flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def flock(file, operation):
+    """fcntl.flock; on a file system without locks it warns, and the run goes on."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:  # another process holds the lock
+        raise
+    except OSError as error:
+        print(
+            f"warning: {file.name}: this file system has no locks ({error.strerror}): "
+            "do not start two runs on the same output",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def atomic_write(path, text=False):
+    """Open a temporary file beside path; rename it to path at the end, remove it on an error."""
     path = Path(path)
     temporary = path.with_name(path.name + UNFINISHED)
-    mode = (
-        {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        if text
-        else {"mode": "wb"}
-    )
+    mode = {"mode": "wb"}
+    if text:
+        mode = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, **mode) as file:
@@ -76,7 +108,7 @@ def whole_file(path, text=False):
 
 
 def csv_line(file, cells):
-    """One line of a CSV file. csv quotes what it must, but for a lone carriage return, which a file's name may hold."""
+    """Write one line of a CSV file; csv itself leaves a lone carriage return unquoted, which a file's name may hold."""
     quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
@@ -85,3 +117,35 @@ def versions():
     """Versions of the packages that decide the results."""
     names = ["torch", "torchvision", "numpy", "pillow", "imagehash", "scikit-learn", "pydicom"]
     return {name: version(name) for name in names}
+
+
+@cache
+def code_digest(*names):
+    """{name: 8 hex digits} for files of this package, such as "common/simclr.py".
+
+    A digest of the syntax tree: comments, layout and docstrings do not count, any other edit does.
+    Every product records the digests of the files that decide it, so that it is never mistaken
+    for one of an edited script.
+    """
+    return {name: syntax_digest((ROOT / name).read_text()) for name in names}
+
+
+def syntax_digest(source):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
+def check_code(product, before, now, remedy):
+    """Stop with one line if a product's recorded code_digest is not today's.
+
+    remedy: what to do, such as "give another OUT, or delete this one".
+    """
+    before = before if isinstance(before, dict) else {}
+    edited = [name for name in now if before.get(name) != now[name]]
+    if edited:
+        fail(f"{product}: was made by another version of {', '.join(edited)}: {remedy}")

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.build import build_store
-from common.files import fail, whole_file
-from common.reduction import hamming
+from common.files import atomic_write, fail
 from common.volumes import list_files
 
 
@@ -26,6 +25,18 @@ class Store(NamedTuple):
     names: list[str]  # of the volumes
     volumes: list[np.ndarray]  # the rows of each volume, in z order, one after the other
     skipped: int  # files left out, listed in skipped.csv
+
+    @property
+    def volume_index(self):
+        """Which volume each row belongs to: int [N]."""
+        return np.repeat(np.arange(len(self.volumes)), [len(rows) for rows in self.volumes])
+
+
+class Selection(NamedTuple):
+    store: Store
+    kept: np.ndarray  # rows that stay, int [kept]
+    representative: np.ndarray  # the kept row that stands for each row of the store, int [N]
+    digest: str  # 16 hex digits: changes with the selection and with the store's table
 
 
 def check_folders(data, out):
@@ -66,7 +77,7 @@ def open_or_build_store(data, out, size, window, workers):
         for old in out.glob("features-*.npy"):  # of a store that was deleted
             old.unlink()
         warnings = build_store(data, out, [file for file, _, _ in files], size, window, workers)
-        with whole_file(out / "store.json", text=True) as file:
+        with atomic_write(out / "store.json", text=True) as file:
             json.dump(made_from | {"crc32": checksums(out), "warnings": warnings}, file, indent=1)
     return read_store(out)
 
@@ -156,54 +167,38 @@ def read_lines(path):
 
 
 def read_selection(path):
-    """NAME.csv -> (slices.npy of the store beside it, memory-mapped; the kept rows, int array)."""
+    """NAME.csv -> Selection, with the store that lies beside it."""
     path = Path(path)
     if not path.is_file():
         fail(f"{path}: no such selection: make one with reduce.py")
-    if not (path.parent / "slices.npy").is_file():
+    if not (path.parent / "store.json").is_file():
         fail(
-            f"{path}: no slices.npy beside it: a selection belongs in the folder where reduce.py wrote it"
+            f"{path}: no store beside it: a selection belongs in the folder where reduce.py wrote it"
         )
-    check_store(path.parent)
-    slices = read_slices(path.parent)
+    store = read_store(path.parent)
+    columns = ("row", "kept", "representative")
     try:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
-        rows, kept = (np.array([int(line[key]) for line in lines], int) for key in ("row", "kept"))
-        if not len(rows):
-            raise ValueError
+        row, kept, representative = (
+            np.array([int(line[column]) for line in lines], int) for column in columns
+        )
     except (KeyError, TypeError, ValueError, OverflowError):
-        fail(f"{path}: not a selection: it needs the columns row and kept, in whole numbers")
-    if not np.array_equal(rows, np.arange(len(slices))):
         fail(
-            f"{path}: must list the rows 0 to {len(slices) - 1} of slices.npy in order; make it again with reduce.py"
+            f"{path}: not a selection: it needs the columns row, kept and representative, in whole numbers"
         )
-    if not np.isin(kept, (0, 1)).all():
-        fail(f"{path}: row {np.flatnonzero((kept != 0) & (kept != 1))[0]}: kept must be 0 or 1")
-    if not kept.any():
-        fail(f"{path}: keeps no slice")
-    if not fits(path, lines):
+    again = "make it again with reduce.py"
+    if not np.array_equal(row, np.arange(len(store.slices))):
         fail(
-            f"{path}: was made for another store than the one in {path.parent}; make it again with reduce.py"
+            f"{path}: must list the rows 0 to {len(store.slices) - 1} of slices.npy in order; {again}"
         )
-    return slices, np.flatnonzero(kept)
-
-
-def fits(path, lines):
-    """Whether a selection was made for the store beside it, as far as its .json, or bits as its similarity, can tell."""
-    store, summary = path.parent / "store.json", path.with_suffix(".json")
-    if store.exists() and summary.exists():
-        if read_json(summary).get("store") not in (None, read_json(store)["crc32"]["slices.csv"]):
-            return False
-    try:
-        representative, bits = (
-            np.array([int(line[key]) for line in lines]) for key in ("representative", "similarity")
-        )
-        hashes = np.array(
-            [int(line["dhash"], 16) for line in read_lines(path.parent / "slices.csv")], np.uint64
-        )
-        return np.array_equal(hamming(hashes, hashes[representative]), bits)
-    except (KeyError, TypeError, ValueError):  # made by hand, or of another similarity
-        return True
-    except IndexError:
-        return False
+    if not np.array_equal(kept, representative == row):
+        fail(f"{path}: kept must be 1 where a row represents itself and 0 elsewhere; {again}")
+    if not np.isin(representative, np.flatnonzero(kept)).all():
+        fail(f"{path}: a representative must be a kept row; {again}")
+    summary = read_json(path.with_suffix(".json"))
+    if summary.get("store") != read_json(path.parent / "store.json")["crc32"]["slices.csv"]:
+        fail(f"{path}: was made for another store than the one in {path.parent}; {again}")
+    files = [path, path.parent / "slices.csv"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return Selection(store, np.flatnonzero(kept), representative, digest)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.ct import read_image, scale_to_uint8
 from common.files import fail
-from common.reduction import dhash, hamming
+from common.hashing import dhash, hamming
 
 SPLITS = ["train", "val", "test"]
 DUPLICATE_BITS = (

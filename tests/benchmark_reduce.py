@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from common import reduction
+from common import hashing, reduction
 from common.encoder import embed
 from common.similarity import MEASURES
-from common.store import in_order, read_store, worker_pool
+from common.store import read_store
+from common.workers import in_order, worker_pool
 from reduce import DEFAULT_THRESHOLDS, select_volume
 from tests.benchmark import ROOT, alternate, peak, plain_python, ratio, spread
 
@@ -179,7 +180,7 @@ def whole_dataset():
     ).stdout.split()
     part = random_walks(33, 20_000)
     brute, _ = reduction.greedy(
-        len(part), lambda i, rest: reduction.hamming(part[i], part[rest]), lambda bits: bits <= 6
+        len(part), lambda i, rest: hashing.hamming(part[i], part[rest]), lambda bits: bits <= 6
     )
     same = (reduction.select_hash(part, 6) == brute).all()
     mib = peak([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code])[1]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from common import ct, reduction, similarity, toy
 from common.encoder import load_encoder
-from common.files import only_one
+from common.files import exclusive
 from common.tasks import leaks, load_task, split_of
 
 ROOT = Path(__file__).parent.parent
@@ -421,7 +421,7 @@ def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_stops(made, stopped):
-    with only_one(made[0] / "store"):
+    with exclusive(made[0] / "store"):
         assert "another run" in stopped(
             "reduce.py", made[0] / "ct", made[0] / "store", "--strategy", "hash", "--size", 32
         )

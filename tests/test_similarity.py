@@ -7,7 +7,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 
-from common import reduction, similarity
+from common import hashing, reduction, similarity
 
 
 def slices_like_ct(size=64, n=8):
@@ -114,7 +114,7 @@ def test_the_index_over_hashes_changes_no_selection(threshold):
     )
     brute, _ = reduction.greedy(
         5000,
-        lambda i, others: reduction.hamming(hashes[i], hashes[others]),
+        lambda i, others: hashing.hamming(hashes[i], hashes[others]),
         lambda b: b <= threshold,
     )
     assert reduction.select_hash(hashes, threshold).tolist() == brute.tolist()
@@ -133,7 +133,7 @@ def test_dhash_is_that_of_imagehash_bit_for_bit():
             )
         if n % 3 == 1:  # two values, as far apart as can be
             pixels = (pixels > 127).astype(np.uint8) * 255
-        assert reduction.dhash(pixels) == str(imagehash.dhash(Image.fromarray(pixels))), (
+        assert hashing.dhash(pixels) == str(imagehash.dhash(Image.fromarray(pixels))), (
             height,
             width,
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.reduction import hamming
+from common.hashing import hamming
 from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
 
 
