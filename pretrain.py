@@ -1,10 +1,11 @@
 """Pre-train a ResNet with SimCLR on the slices that a selection keeps.
 
-    python pretrain.py OUT/hash-6.csv RUN --epochs 100          # RUN/encoder.pt, log.jsonl, checkpoint.pt
-    python pretrain.py OUT/hash-6.csv RUN --steps 5000          # as many optimiser steps as another row had
-    torchrun --nproc-per-node 8 pretrain.py OUT/hash-6.csv RUN  # 8 GPUs; --batch-size is that of all together
+    python pretrain.py OUT/hash-6.csv RUN --epochs 100    # RUN/encoder.pt, log.jsonl, checkpoint.pt
+    python pretrain.py OUT/hash-6.csv RUN --steps 5000    # as many steps as another row had
+    torchrun --nproc-per-node 8 pretrain.py OUT/hash-6.csv RUN    # 8 GPUs share a batch
 
-Called again on an unfinished RUN it goes on where it was; on a finished one it says so and does nothing.
+Called again on an unfinished RUN it goes on where it was, to the same bytes; on a finished one it
+says so and does nothing. A RUN of other settings, or of edited code, is refused.
 """
 
 import argparse
@@ -22,106 +23,105 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import simclr
-from common.files import atomic_write, exclusive, fail, run_script, versions
-from common.loader import stream
+from common.batches import batches_per_epoch, slices_per_epoch, stream
+from common.files import (
+    atomic_write,
+    check_code,
+    code_digest,
+    exclusive,
+    fail,
+    run_script,
+    versions,
+)
 from common.store import read_selection
 
+CODE = ("pretrain.py", "common/batches.py", "common/hashing.py", "common/simclr.py")
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
-COLLAPSED = 0.005  # std of the normalised embedding
+LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
+COLLAPSED = 0.005  # std of the normalised embeddings; near 0.09 when all is well
+
+SETTINGS = [  # flags that make a run what it is
+    "arch",
+    "size",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "warmup",
+    "temperature",
+    "sample",
+    "neighbours",
+    "mask_negatives",
+    "mask_random",
+    "seed",
+]
 
 
 def main():
     args = parse_args()
     rank, world, device = join_processes(args.device)
     selection = read_selection(args.selection)
-    slices, kept = selection.store.slices, selection.kept
-    steps = args.steps or args.epochs * math.ceil(len(kept) / args.batch_size)
-    settings = describe(args, selection, steps, world)
+    settings = describe(args, selection, device, world)
     with exclusive(args.run) if rank == 0 else nullcontext():
         saved = open_run(args.run, settings, rank)
-        train(args, slices, kept, steps, settings, saved, rank, world, device)
+        train(args, selection, settings, saved, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(args, slices, kept, steps, settings, saved, rank, world, device):
-    per_epoch = math.ceil(len(kept) / args.batch_size)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
-    model = simclr.build(args.arch).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, args)
-    precision = torch.bfloat16 if bf16_pays(device) else torch.float32
-    state = {"step": 0, "log": [header(settings, device, precision)], "sums": new_sums(device)}
+def train(args, selection, settings, saved, device, rank, world):
+    model, optimizer = build(args, device)
+    precision = getattr(torch, settings["precision"])
+    steps, per_epoch = settings["steps"], batches_per_epoch(selection, args)
+    first, log, measured = 0, [header(settings, device)], []
     if saved:
-        model.load_state_dict(saved.pop("model"))
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        state = saved
-        state["sums"]["measured"] = state["sums"]["measured"].to(device)
+        first, log, measured = restore(saved, model, optimizer, device)
     trained = distributed(model, device) if world > 1 else model
     trained.train()
 
-    batches = stream(slices, kept, args.batch_size, args.seed, state["step"], device, rank, world)
+    batches = stream(selection, args, first, device, rank, world)
     last_save = time.perf_counter()
-    with tqdm(total=steps, initial=state["step"], unit="step", disable=rank > 0) as progress:
-        while state["step"] < steps:
-            started, step = time.perf_counter(), state["step"]
+    with tqdm(initial=first, total=steps, unit="step", disable=rank > 0) as progress:
+        for step in range(first, steps):
+            started = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - started
-            rate = simclr.learning_rate(
-                step, steps, min(args.warmup_epochs * per_epoch, steps // 10), args.lr
-            )
-            generator = torch.Generator().manual_seed(args.seed * 2**32 + step + (rank << 56))
-            measured = train_step(trained, optimizer, rate, batch, args, generator, precision)
 
-            state["step"] += 1
-            images, epoch_ends = (
-                2 * len(batch) * world,
-                state["step"] % per_epoch == 0 or state["step"] == steps,
-            )
+            lr = simclr.learning_rate(step, steps, args.warmup, args.lr)
+            metrics = train_step(trained, optimizer, lr, batch, args, precision)
+
+            epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == steps
             save_now = rank == 0 and time.perf_counter() - last_save > SAVE_EVERY
-            if (
-                epoch_ends or save_now or step % 10 == 0
-            ):  # not at every step: a GPU would stand still meanwhile
-                loss = measured[0].item()
-                if not math.isfinite(loss):
-                    fail(
-                        f"{args.run}: the loss is {loss} at step {step + 1}: start again with a lower --lr"
-                    )
-                progress.set_postfix(
-                    loss=f"{loss:.3f}",
-                    images_per_s=f"{images / (time.perf_counter() - started):.0f}",
-                )
-            add_up(state["sums"], measured, images, waited, time.perf_counter() - started)
+            if epoch_ends or save_now or step % LOOK_EVERY == 0:
+                progress.set_postfix(loss=check_loss(args.run, step, metrics))
             progress.update()
+            views = 2 * len(batch.slices) * world
+            measured.append((metrics, batch.dose, views, waited, time.perf_counter() - started))
             if epoch_ends:
-                state["log"].append(epoch_line(state, step // per_epoch, rate))
-                state["sums"] = new_sums(device)
+                log.append(epoch_line(step, per_epoch, lr, measured))
+                measured = []
                 if rank == 0:
-                    write_log(args.run, state["log"])
-                check_collapse(args.run, state["log"][-1])
+                    write_log(args.run, log)
+                check_collapse(args.run, log[-1])
             if save_now:
-                save(
-                    args.run / "checkpoint.pt",
-                    state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                )
+                save_checkpoint(args.run, step + 1, log, measured, model, optimizer)
                 last_save = time.perf_counter()
 
     if rank == 0:
-        finish(args.run, state, model, len(kept))
+        finish(args.run, log, model)
 
 
-def train_step(model, optimizer, rate, batch, args, generator, precision):
-    """One optimiser step on slices, uint8 [B, H, W]: tensor of loss, contrastive top-1, std of the normalised embedding."""
-    views = torch.cat([simclr.augment(batch, args.size, generator) for _ in range(2)])
+def train_step(model, optimizer, lr, batch, args, precision):
+    """One optimiser step on a batches.Batch: tensor of loss, contrastive top-1, embeddings' std."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(batch.device.type, precision, enabled=precision is torch.bfloat16):
+        group["lr"] = lr
+    views = simclr.augment(batch.slices, batch.augmentation, args.size)
+    with torch.autocast(views.device.type, precision, enabled=precision != torch.float32):
         embeddings = model(simclr.to_input(views))
-    loss, top1 = simclr.nt_xent(embeddings, args.temperature)
+    loss, top1 = simclr.nt_xent(embeddings, args.temperature, batch.excluded)
     optimizer.zero_grad()
-    (
-        loss * simclr.processes()
-    ).backward()  # gradients are averaged over processes, but each has only its views' part
+    # gradients are averaged over processes, but each has only the part of its own views
+    (loss * simclr.processes()).backward()
     optimizer.step()
     std = torch.nn.functional.normalize(embeddings.detach().float(), dim=1).std(0).mean()
     return torch.stack([loss.detach(), top1, std])
@@ -132,63 +132,76 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "selection",
-        type=Path,
-        metavar="SELECTION.csv",
-        help="written by reduce.py, its slice store beside it",
-    )
+    add("selection", type=Path, metavar="SELECTION.csv", help="of reduce.py, its store beside it")
     add("run", type=Path, metavar="RUN", help="folder for the encoder, the log and the checkpoint")
     add("--arch", choices=simclr.ARCHS, default="resnet50", help="default: the paper's")
-    add("--size", type=int, default=96, help="side of a view in pixels (default 96)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs",
-        type=int,
-        default=800,
-        help="passes over the kept slices (default: the paper's 800)",
-    )
-    length.add_argument("--steps", type=int, help="optimiser steps instead of epochs")
+    add("--size", type=int, default=96, help="side of a view in pixels (default: %(default)s)")
+    add("--epochs", type=int, default=800, help="default: the paper's 800")
+    add("--steps", type=int, help="optimiser steps; given, --epochs does not count")
+    add("--batch-size", type=int, default=128, help="slices, of two views each (paper: 128)")
+    add("--optimizer", choices=["lars", "adamw"], default="lars", help="paper: lars")
+    add("--lr", type=float, help="peak (default: lars 0.3 x batch size / 256, SimCLR; adamw 0.001)")
+    add("--weight-decay", type=float, default=1e-6, help="of weights only (paper: %(default)s)")
     add(
-        "--batch-size",
-        type=int,
-        default=128,
-        help="slices a step, each seen in two views (default: the paper's 128)",
-    )
-    add(
-        "--optimizer",
-        choices=["lars", "adamw"],
-        default="lars",
-        help="default: the paper's; adamw for short runs",
-    )
-    add(
-        "--lr", type=float, help="peak learning rate (default: lars 0.15, the paper's; adamw 0.001)"
-    )
-    add(
-        "--weight-decay",
+        "--warmup",
         type=float,
-        default=1e-6,
-        help="not on biases and batch norm (default: the paper's 1e-6)",
+        default=10 / 800,
+        help="share of the steps (paper: 10 of 800 epochs)",
+    )
+    add("--temperature", type=float, default=0.1, help="of NT-Xent (SimCLR: %(default)s)")
+    add(
+        "--sample",
+        choices=["kept", "all", "clusters"],
+        default="kept",
+        help="slices of an epoch: those kept; all of the store; or soft reduction: for each slice "
+        "kept one of those that it stands for, drawn anew every epoch (default: %(default)s)",
     )
     add(
-        "--warmup-epochs",
+        "--neighbours",
         type=int,
-        default=10,
-        help="at most a tenth of the run (default: the paper's 10)",
+        default=1,
+        metavar="C",
+        help="batches of runs of C neighbouring slices (default: %(default)s, a uniform order)",
     )
-    add("--temperature", type=float, default=0.1, help="of NT-Xent (default: SimCLR's 0.1)")
-    add("--seed", type=int, default=0)
+    add(
+        "--mask-negatives",
+        type=int,
+        metavar="BITS",
+        help="slices of one volume whose dHash differs by at most BITS are no negatives",
+    )
+    add(
+        "--mask-random",
+        action="store_true",
+        help="with --mask-negatives, its control: as many negatives go, drawn at random",
+    )
+    add(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto: bfloat16 where the hardware has it, for views above 16 pixels",
+    )
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
-    for name in ("size", "epochs", "batch_size", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-    args.lr = args.lr or {"lars": 0.15, "adamw": 1e-3}[args.optimizer]
+    for name in ("size", "epochs", "steps", "batch_size", "neighbours"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed {args.seed}: must be at least 0 and below 2**32")
+    if not 0 <= args.warmup <= 1:
+        fail(f"--warmup {args.warmup}: must be a share of the steps, from 0 to 1")
+    if args.mask_negatives is not None and not 0 <= args.mask_negatives <= 64:
+        fail(f"--mask-negatives {args.mask_negatives}: must be 0 to 64 bits")
+    if args.mask_random and args.mask_negatives is None:
+        fail("--mask-random needs --mask-negatives, whose number of negatives it takes away")
+    if args.lr is None:
+        args.lr = 0.3 * args.batch_size / 256 if args.optimizer == "lars" else 1e-3
     return args
 
 
 def join_processes(name):
-    """(rank, number of processes, device): one process, or those that torchrun started, each with its own GPU if any."""
+    """(rank, number of processes, device): one process, or torchrun's, each with its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -200,8 +213,44 @@ def join_processes(name):
     return rank, world, device
 
 
+def describe(args, selection, device, world):
+    """What makes a run this run: its flags, its length, and a digest of the selection."""
+    try:
+        precision = simclr.choose_precision(args.precision, device, args.size)
+    except ValueError as error:
+        fail(f"--precision: {error}")
+    slices, per_epoch = slices_per_epoch(selection, args.sample), batches_per_epoch(selection, args)
+    smallest = slices // per_epoch
+    if smallest < max(2, world):
+        fail(
+            f"{args.selection}: its {slices} slices make batches of {smallest}: a batch needs at "
+            f"least 2 slices, and 1 for each of the {world} processes: give a larger --batch-size, "
+            "or fewer processes"
+        )
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    return settings | {
+        "precision": str(precision).removeprefix("torch."),
+        "slices": slices,
+        "steps": args.steps or args.epochs * per_epoch,
+        "processes": world,
+        "selection": selection.digest,
+    }
+
+
+def build(args, device):
+    """The network, with weights from the seed, and its optimiser."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    model = simclr.build(args.arch).to(device, memory_format=torch.channels_last)
+    groups = simclr.parameter_groups(model, args.weight_decay)
+    if args.optimizer == "lars":
+        return model, simclr.LARS(groups, args.lr)
+    return model, torch.optim.AdamW(groups, args.lr, fused=True)
+
+
 def distributed(model, device):
-    """The model, its gradients averaged over all processes and, on GPUs, its batch norm over the global batch."""
+    """The model, its gradients averaged over processes, on GPUs also its batch norm."""
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
@@ -209,55 +258,38 @@ def distributed(model, device):
     )
 
 
-def describe(args, selection, steps, world):
-    """What makes a run this run: its flags, and digests of the selection and of the store's table."""
-    kept = selection.kept
-    if len(kept) < 2 * world:
-        fail(
-            f"{args.selection}: keeps {len(kept)} slice{'s' * (len(kept) > 1)}: contrastive learning needs at least 2 a process"
-        )
-    names = [
-        "arch",
-        "size",
-        "batch_size",
-        "optimizer",
-        "lr",
-        "weight_decay",
-        "warmup_epochs",
-        "temperature",
-        "seed",
-    ]
-    found = {"slices": len(kept), "steps": steps, "processes": world, "selection": selection.digest}
-    return {name: getattr(args, name) for name in names} | found
+# What a run writes, and how it goes on.
 
 
 def open_run(run, settings, rank):
-    """The saved state of an unfinished run, None for a new one; ends the script on a finished or different one."""
+    """The checkpoint of an unfinished run, None for a new one.
+
+    Ends the script on a finished run, and on one of other settings or of other code.
+    """
     if (run / "encoder.pt").exists():
-        check_same(
-            run,
-            whole(
-                run / "log.jsonl",
-                lambda path: json.loads(path.read_text().splitlines()[0])["settings"],
-            ),
-            settings,
-        )
+        check_same(run, read_damageable(run / "log.jsonl", read_header), settings)
         if rank == 0:
             (run / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed in its last moment
             print(f"{run / 'encoder.pt'}: finished before, nothing to do")
         sys.exit()
     if (run / "checkpoint.pt").exists():
-        saved = whole(
-            run / "checkpoint.pt",
-            lambda path: torch.load(path, map_location="cpu", weights_only=True),
-        )
-        check_same(run, saved["log"][0]["settings"], settings)
+        saved = read_damageable(run / "checkpoint.pt", read_checkpoint)
+        check_same(run, saved["log"][0], settings)
         if rank == 0:
             print(f"{run}: going on at step {saved['step']}")
         return saved
+    return None
 
 
-def whole(path, read):
+def read_header(path):
+    return json.loads(path.read_text().splitlines()[0])
+
+
+def read_checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_damageable(path, read):
     """read(path), or one line if the file is not what this script wrote."""
     try:
         return read(path)
@@ -265,94 +297,97 @@ def whole(path, read):
         fail(f"{path}: damaged ({type(error).__name__}): delete {path.parent} and start again")
 
 
-def check_same(run, before, now):
-    before = before if isinstance(before, dict) else {}
+def check_same(run, before, settings):
+    """Stop with one line unless the run was started with these settings and by this code."""
+    remedy = "give another RUN, or delete this one"
+    found = before.get("settings") if isinstance(before, dict) else None
+    found = found if isinstance(found, dict) else {}
     changed = [
-        f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
+        f"{key} {found.get(key)} -> {settings[key]}"
+        for key in settings
+        if found.get(key) != settings[key]
     ]
     if changed:
-        fail(
-            f"{run}: was started with other settings ({', '.join(changed)}): give another RUN, or delete this one"
-        )
+        fail(f"{run}: was started with other settings ({', '.join(changed)}): {remedy}")
+    check_code(run, before.get("code"), code_digest(*CODE), remedy)
 
 
-def build_optimizer(model, args):
-    groups = simclr.parameter_groups(model, args.weight_decay)
-    return (
-        simclr.LARS(groups, args.lr)
-        if args.optimizer == "lars"
-        else torch.optim.AdamW(groups, args.lr, fused=True)
-    )
-
-
-def bf16_pays(device):
-    """Whether the hardware multiplies bf16 natively; elsewhere it would only be emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def header(settings, device, precision):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def header(settings, device):
+    """The first line of the log."""
     return {
         "command": " ".join(sys.argv),
         "settings": settings,
-        "device": name,
+        "code": code_digest(*CODE),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "precision": str(precision).removeprefix("torch."),
         "versions": versions(),
     }
 
 
-def new_sums(device):
+def epoch_line(step, per_epoch, lr, measured):
+    """A line of the log: means over the epoch's steps, speed, share of time waiting for data."""
+    metrics, dose, views, waited, seconds = zip(*measured)
+    loss, top1, std = torch.stack(metrics).mean(0).tolist()
     return {
-        "steps": 0,
-        "measured": torch.zeros(3, device=device),
-        "images": 0,
-        "waiting": 0.0,
-        "seconds": 0.0,
+        "epoch": step // per_epoch + 1,
+        "step": step + 1,
+        "loss": round(loss, 5),
+        "top1": round(top1, 5),
+        "std": round(std, 5),
+        "lr": lr,
+        "dose": round(sum(dose) / len(dose), 4),
+        "images_per_second": round(sum(views) / sum(seconds), 1),
+        "seconds": round(sum(seconds), 3),
+        "waiting": round(sum(waited) / sum(seconds), 4),
     }
 
 
-def add_up(sums, measured, images, waited, seconds):
-    sums["measured"] += measured
-    for key, value in {"steps": 1, "images": images, "waiting": waited, "seconds": seconds}.items():
-        sums[key] += value
-
-
-def epoch_line(state, epoch, rate):
-    """Means over the epoch: loss, contrastive top-1, std of the normalised embedding, speed, share of time without data."""
-    sums = state["sums"]
-    means = {
-        key: round(v / sums["steps"], 5)
-        for key, v in zip(("loss", "top1", "std"), sums["measured"].tolist())
-    }
-    speed = {
-        "images_per_second": round(sums["images"] / sums["seconds"], 1),
-        "seconds": round(sums["seconds"], 3),
-        "waiting": round(sums["waiting"] / sums["seconds"], 4),
-    }
-    return {"epoch": epoch + 1, "step": state["step"], **means, "lr": rate, **speed}
+def check_loss(run, step, metrics):
+    """The loss as a number; stops a run where it is none."""
+    loss = metrics[0].item()
+    if not math.isfinite(loss):
+        fail(f"{run}: the loss is {loss} at step {step + 1}: start again with a lower --lr")
+    return round(loss, 3)
 
 
 def check_collapse(run, line):
-    """Stop a run whose embeddings have become one point, which no more training mends: std is near 0.09 when all is well."""
+    """Stop a run whose embeddings have become one point, which no more training mends."""
     if line["std"] < COLLAPSED:
         fail(
-            f"{run}: collapsed: the embeddings' std is {line['std']} in epoch {line['epoch']}; start again with a lower --lr"
+            f"{run}: collapsed: the embeddings' std is {line['std']} in epoch {line['epoch']}; "
+            "start again with a lower --lr"
         )
 
 
-def finish(run, state, model, kept):
-    write_log(run, state["log"])
-    save(
-        run / "encoder.pt",
-        {key: value.cpu().contiguous() for key, value in model[0].state_dict().items()},
-    )
+def save_checkpoint(run, step, log, measured, model, optimizer):
+    state = {
+        "step": step,
+        "log": log,
+        "measured": measured,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    save(run / "checkpoint.pt", state)
+
+
+def restore(saved, model, optimizer, device):
+    """(step to go on at, log, measurements of the unfinished epoch); loads the weights in place."""
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    measured = [(metrics.to(device), *rest) for metrics, *rest in saved["measured"]]
+    return saved["step"], saved["log"], measured
+
+
+def finish(run, log, model):
+    write_log(run, log)
+    encoder = model[0].state_dict()
+    save(run / "encoder.pt", {key: value.cpu().contiguous() for key, value in encoder.items()})
     (run / "checkpoint.pt").unlink(missing_ok=True)
-    last, seconds = state["log"][-1], sum(line["seconds"] for line in state["log"][1:])
+    seconds = sum(line["seconds"] for line in log[1:])
+    last = log[-1]
     print(
-        f"{kept} slices, {state['step']} steps, {seconds:.0f} s, loss {last['loss']:.3f} -> {run / 'encoder.pt'}"
+        f"{log[0]['settings']['slices']} slices an epoch, {last['step']} steps, {seconds:.0f} s, "
+        f"loss {last['loss']:.3f}, dose {last['dose']:.2f} -> {run / 'encoder.pt'}"
     )
 
 

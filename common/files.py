@@ -1,4 +1,4 @@
-"""Output files that are complete or absent, locks, digests of the code, and errors that are one line."""
+"""Output files that are complete or absent, locks, digests of the code, one-line errors."""
 
 import ast
 import csv
@@ -108,7 +108,10 @@ def atomic_write(path, text=False):
 
 
 def csv_line(file, cells):
-    """Write one line of a CSV file; csv itself leaves a lone carriage return unquoted, which a file's name may hold."""
+    """Write one line of a CSV file, also where a file's name holds a lone carriage return.
+
+    csv itself would leave that unquoted.
+    """
     quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
@@ -149,3 +152,15 @@ def check_code(product, before, now, remedy):
     edited = [name for name in now if before.get(name) != now[name]]
     if edited:
         fail(f"{product}: was made by another version of {', '.join(edited)}: {remedy}")
+
+
+def main():
+    """Print one digest of all code of the package, for reproduce.sh to notice an edit."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
+    names = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    found = repr(code_digest(*names)).encode()
+    print(hashlib.sha256(found).hexdigest()[:8])
+
+
+if __name__ == "__main__":
+    main()

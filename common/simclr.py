@@ -1,10 +1,12 @@
-"""SimCLR (Chen et al. 2020) for grey CT slices: network, augmentations, NT-Xent, optimiser, schedule.
+"""SimCLR (Chen et al. 2020) for grey CT slices: network, augmentation, loss, optimiser, schedule.
 
-Everything random takes a generator and is drawn per sample. Knows nothing of where slices come from.
+Knows nothing of where slices come from.
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ ARCHS = ["resnet18", "resnet50"]
 MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 
 
-def build(arch, dimensions=128):
-    """nn.Sequential(encoder, projection head): a torchvision ResNet without fc, then two layers to 128 (SimCLR)."""
+def build(arch, projection_dim=128):
+    """nn.Sequential(encoder, head): a torchvision ResNet without fc, then SimCLR's two layers."""
     encoder = torchvision.models.get_model(arch, weights=None)
     width = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -24,106 +26,135 @@ def build(arch, dimensions=128):
         nn.Linear(width, width, bias=False),
         nn.BatchNorm1d(width),
         nn.ReLU(inplace=True),
-        nn.Linear(width, dimensions),
+        nn.Linear(width, projection_dim),
     )
     return nn.Sequential(encoder, head)
 
 
 def to_input(grey, mean=MEAN, std=STD):
-    """Grey values in 0..1, float [B, size, size] -> network input, float [B, 3, size, size], channels last.
+    """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
 
-    mean, std: numbers, or one for each of the three channels.
+    mean, std: a number, or three for the channels.
     """
-    mean, std = (torch.as_tensor(value, device=grey.device).view(-1, 1, 1) for value in (mean, std))
-    return (
-        ((grey.unsqueeze(1) - mean) / std)
-        .expand(-1, 3, -1, -1)
-        .contiguous(memory_format=torch.channels_last)
-    )
+    if isinstance(mean, tuple):
+        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
+        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
+    normalised = (grey.unsqueeze(1) - mean) / std
+    return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-def augment(slices, size, generator):
-    """One random view of each slice: uint8 [B, H, W] -> float [B, size, size] in 0..1, each with its own parameters.
+# Augmentation: SimCLR's, less hue and saturation, which grey slices lack.
 
-    Crop (area 0.08 to 1, aspect 3/4 to 4/3), horizontal flip, blur, brightness and contrast: SimCLR's, less hue and
-    saturation, which grey slices lack; strength of the jitter as in the official code. Cropping, resizing with
-    antialiasing, flip and blur are linear and separable, so each is a matrix product per axis, on CPU and GPU alike.
+
+class Augmentation(NamedTuple):
+    """The parameters of n views, each [n]."""
+
+    top: torch.Tensor  # of the crop, as a share of the slice's height
+    height: torch.Tensor
+    left: torch.Tensor  # as a share of the slice's width
+    width: torch.Tensor
+    flip: torch.Tensor  # 1 where left and right are exchanged
+    sigma: torch.Tensor  # of the blur, as a share of the view's side; 0 for none
+    brightness: torch.Tensor  # factors
+    contrast: torch.Tensor
+
+
+def draw_augmentation(n, rng, jitter=0.4):
+    """The parameters of n random views as one tensor, float32 [8, n], in the order of Augmentation.
+
+    Crop of area 0.08 to 1 and aspect 3/4 to 4/3; flip with p 0.5; blur with p 0.5, sigma 0.1 to 2
+    pixels at 224 (SimCLR); brightness and contrast by a factor of 1 +- jitter, p 0.8 (official
+    code).
     """
-    n, height, width = slices.shape
-    top, tall, left, wide = random_crop(n, generator)
-    flip = draw(n, generator) < 0.5
-    left, wide = torch.where(flip, left + wide, left), torch.where(flip, -wide, wide)
-    sigma = torch.where(
-        draw(n, generator) < 0.5, draw(n, generator, 0.1, 2.0) * size / 224, 0
-    )  # SimCLR's at 224 px
-    top, tall, left, wide, sigma = torch.stack([top, tall, left, wide, sigma]).to(slices.device)
-    blur = blur_matrix(sigma, size)
-    rows = blur @ resize_matrix(top * height, tall * height, height, size)
-    columns = blur @ resize_matrix(left * width, wide * width, width, size)
-    views = rows @ (slices.float() / 255) @ columns.transpose(1, 2)
-    return jitter(views, generator)
+    top, height, left, width = random_crop(n, rng)
+    flip = rng.random(n) < 0.5
+    sigma = np.where(rng.random(n) < 0.5, rng.uniform(0.1, 2.0, n) / 224, 0)
+    jittered = rng.random(n) < 0.8
+    brightness = np.where(jittered, rng.uniform(1 - jitter, 1 + jitter, n), 1)
+    contrast = np.where(jittered, rng.uniform(1 - jitter, 1 + jitter, n), 1)
+    drawn = Augmentation(top, height, left, width, flip, sigma, brightness, contrast)
+    return torch.from_numpy(np.stack(drawn).astype(np.float32))
 
 
-def draw(n, generator, low=0.0, high=1.0):
-    """n uniform numbers, drawn on the CPU so that CPU and GPU runs see the same augmentations."""
-    return low + (high - low) * torch.rand(n, generator=generator)
+def random_crop(n, rng):
+    """(top, height, left, width), [n] each, as shares: RandomResizedCrop's, clipped to fit."""
+    area = rng.uniform(0.08, 1.0, n)
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
+    width = np.sqrt(area * ratio).clip(max=1)
+    height = np.sqrt(area / ratio).clip(max=1)
+    top = rng.random(n) * (1 - height)
+    left = rng.random(n) * (1 - width)
+    return top, height, left, width
 
 
-def random_crop(n, generator):
-    """(top, height, left, width), each [n], as shares of the slice: torchvision's RandomResizedCrop, clipped to fit."""
-    area = draw(n, generator, 0.08, 1.0)
-    ratio = torch.exp(draw(n, generator, math.log(3 / 4), math.log(4 / 3)))
-    wide, tall = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    return draw(n, generator) * (1 - tall), tall, draw(n, generator) * (1 - wide), wide
+def augment(slices, parameters, size):
+    """Two views of each slice, first views first: uint8 [b, H, W] -> [2b, size, size] in 0..1.
 
-
-def resize_matrix(start, length, source, size):
-    """[B, size, source]: resizes the stretch start..start+length (pixels, [B]) of an axis to size pixels.
-
-    Linear interpolation, widened to average when shrinking, as Pillow's and torchvision's antialiased resizing does.
-    A negative length reads backwards, which flips.
+    parameters: of draw_augmentation, [8, 2b]. Cropping, resizing with antialiasing, flip and blur
+    are linear and separable, so each is a matrix product per axis, on CPU and GPU alike.
     """
-    centers = (
-        start[:, None] + length[:, None] * (torch.arange(size, device=start.device) + 0.5) / size
-    )
-    support = (length.abs() / size).clamp(min=1)
-    distance = (
-        torch.arange(source, device=start.device) + 0.5 - centers[:, :, None]
-    ).abs() / support[:, None, None]
+    _, height, width = slices.shape
+    view = Augmentation(*parameters)
+    blur = blur_matrix(view.sigma * size, size)
+    rows = resize_matrix(view.top * height, view.height * height, height, size)
+    columns = resize_matrix(view.left * width, view.width * width, width, size, view.flip)
+    rows = (blur @ rows).unflatten(0, (2, -1))
+    columns = (blur @ columns).unflatten(0, (2, -1))
+    views = rows @ (slices.float() / 255) @ columns.transpose(2, 3)
+    return jitter(views.flatten(0, 1), view.brightness, view.contrast)
+
+
+def resize_matrix(start, length, source, size, flip=None):
+    """[n, size, source]: resizes the stretch start..start+length of an axis to size pixels.
+
+    start, length: pixels, [n]. flip: [n], 1 where the stretch is read backwards. Linear
+    interpolation, widened to average when shrinking, as Pillow's and torchvision's antialiased
+    resizing does.
+    """
+    position = (torch.arange(size, device=start.device) + 0.5) / size
+    if flip is not None:
+        position = torch.where(flip[:, None] > 0, 1 - position, position)
+    centers = start[:, None] + length[:, None] * position
+    support = (length / size).clamp(min=1)
+    pixels = torch.arange(source, device=start.device) + 0.5
+    distance = (pixels - centers[:, :, None]).abs() / support[:, None, None]
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(2, keepdim=True)
 
 
 def blur_matrix(sigma, size):
-    """[B, size, size]: Gaussian blur along an axis, sigma in pixels, [B]; 0 leaves it as it is."""
+    """[n, size, size]: Gaussian blur along an axis, sigma in pixels, [n]; 0 leaves it as it is."""
     index = torch.arange(size, device=sigma.device)
     distance = (index[:, None] - index).square()
     weights = torch.exp(-distance / (2 * sigma.clamp(min=1e-3).square())[:, None, None])
     return weights / weights.sum(2, keepdim=True)
 
 
-def jitter(views, generator, strength=0.4, probability=0.8):
-    """Brightness, then contrast about the mean, each by a factor of 1 +- strength, for `probability` of the views."""
-    n = len(views)
-    chosen = draw(n, generator) < probability
-    brightness = torch.where(chosen, draw(n, generator, 1 - strength, 1 + strength), 1)
-    contrast = torch.where(chosen, draw(n, generator, 1 - strength, 1 + strength), 1)
-    views = (views * brightness.to(views.device)[:, None, None]).clamp(0, 1)
+def jitter(views, brightness, contrast):
+    """Scale brightness, then contrast about the mean: views [n, size, size], factors [n]."""
+    views = (views * brightness[:, None, None]).clamp(0, 1)
     mean = views.mean((1, 2), keepdim=True)
-    return (mean + (views - mean) * contrast.to(views.device)[:, None, None]).clamp(0, 1)
+    return (mean + (views - mean) * contrast[:, None, None]).clamp(0, 1)
 
 
-def nt_xent(embeddings, temperature):
+# Loss, over the batches of all processes.
+
+
+def nt_xent(embeddings, temperature, excluded=None):
     """NT-Xent (SimCLR, eq. 1) of two views: [2B, D], view 1 of all samples, then view 2 of all.
 
-    Returns (mean loss, share of views whose nearest other view is their partner). With several processes both are over
-    the samples of all; the gradient that reaches this process's embeddings is the whole loss's.
+    excluded: bool [B, B], pairs of samples that are no negatives of each other, none by default:
+    their similarity leaves the denominator. Returns (mean loss, share of views whose nearest other
+    view is their partner). With several processes both are over the samples of all, as excluded
+    is; the gradient that reaches this process's embeddings is the whole loss's.
     """
     z = F.normalize(embeddings.float(), dim=1)
     if processes() > 1:
         z = gather(z.unflatten(0, (2, -1))).flatten(0, 1)
     n = len(z)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    if excluded is not None:
+        similarity = similarity.masked_fill(excluded.repeat(2, 2), -torch.inf)
     partner = torch.arange(n, device=z.device).roll(n // 2)
     return F.cross_entropy(similarity, partner), (similarity.argmax(1) == partner).float().mean()
 
@@ -132,19 +163,27 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(own):
-    """[2, b, D] of every process -> [2, B, D], in rank order; the own part keeps its gradient, the others are constants."""
-    parts = [torch.empty_like(own) for _ in range(processes())]
-    dist.all_gather(parts, own.detach().contiguous())
-    parts[dist.get_rank()] = own
+def gather(embeddings):
+    """[2, b, D] of every process -> [2, B, D], in rank order; others' embeddings are constants."""
+    parts = [torch.empty_like(embeddings) for _ in range(processes())]
+    dist.all_gather(parts, embeddings.detach().contiguous())
+    parts[dist.get_rank()] = embeddings
     return torch.cat(parts, 1)
 
 
-def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up, then cosine to 0 (SimCLR): a pure function of the step, 0 <= step < steps."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+# Optimiser, schedule and precision.
+
+
+def learning_rate(step, steps, warmup, base_lr):
+    """Linear warm-up over a share of the steps, then cosine to 0 (SimCLR): 0 <= step < steps.
+
+    A function of the step and the run's length in steps alone, whatever the set's size.
+    """
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return base_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def parameter_groups(model, weight_decay):
@@ -158,31 +197,59 @@ def parameter_groups(model, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, tensor by tensor, to the norm of the weights (You et al. 2017)."""
+    """SGD with momentum, each tensor's step scaled to the norm of its weights (You et al. 2017)."""
 
-    def __init__(self, groups, lr, momentum=0.9, trust=0.001):
-        super().__init__(
-            groups,
-            {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True},
-        )
+    def __init__(self, groups, lr, momentum=0.9, trust_coefficient=0.001):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+            "weight_decay": 0.0,
+            "adapt": True,
+        }
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
-            updates = torch._foreach_add(
-                [p.grad for p in weights], weights, alpha=group["weight_decay"]
-            )
+            gradients = [p.grad for p in weights]
+            updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             if group["adapt"]:
-                norms = (
-                    torch.stack(torch._foreach_norm(weights)),
-                    torch.stack(torch._foreach_norm(updates)),
-                )
-                scales = torch.where(
-                    (norms[0] > 0) & (norms[1] > 0), group["trust"] * norms[0] / norms[1], 1.0
-                )
-                torch._foreach_mul_(updates, list(scales))
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+                weight_norm = torch.stack(torch._foreach_norm(weights))
+                update_norm = torch.stack(torch._foreach_norm(updates))
+                scale = group["trust_coefficient"] * weight_norm / update_norm
+                scale = torch.where((weight_norm > 0) & (update_norm > 0), scale, 1.0)
+                torch._foreach_mul_(updates, list(scale))
+            momenta = [self.momentum_of(p) for p in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+
+    def momentum_of(self, parameter):
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def choose_precision(name, device, size):
+    """The torch.dtype of autocast for "auto", "float32" or "bfloat16" and images of `size` pixels.
+
+    auto: bfloat16 where the hardware multiplies it natively. Raises ValueError for bfloat16 on a
+    CPU with images of 16 pixels or less: there a 3 x 3 convolution with stride 2 reads a 1 x 1
+    map, and oneDNN (PyTorch 2.11) leaves parts of its gradient uninitialised.
+    """
+    broken = device.type == "cpu" and size <= 16
+    if name == "auto":
+        return torch.bfloat16 if bf16_pays(device) and not broken else torch.float32
+    if name == "bfloat16" and broken:
+        raise ValueError(f"bfloat16 on a CPU needs more than 16 pixels, not {size}: use float32")
+    return getattr(torch, name)
+
+
+def bf16_pays(device):
+    """Whether the hardware multiplies bfloat16 natively; elsewhere it would only be emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

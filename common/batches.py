@@ -1,0 +1,166 @@
+"""The batches of pre-training: which slices, in which order, with which augmentation and negatives.
+
+Everything is a function of the seed and the step alone, so that a run can be entered anywhere and
+goes on as if it had never stopped. The slices are read ahead, in the background, from the store's
+memory map: the order is the same for every set, however large.
+"""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common.hashing import hamming
+from common.simclr import draw_augmentation
+
+DOSE_BITS = 6  # dHashes of near-duplicates differ by at most as many bits: the paper's threshold
+READERS = 4  # threads; several, so that a cold disk has several reads to work on
+AHEAD = 8  # batches
+
+# What the random numbers of an epoch or a step are for: each purpose has a stream of its own.
+DRAW_MEMBERS, SHUFFLE_RUNS, AUGMENT, DROP_NEGATIVES = 1, 2, 3, 4
+
+
+class Batch(NamedTuple):
+    """One process's share of a batch of B slices, b of them its own."""
+
+    slices: torch.Tensor  # uint8 [b, height, width]
+    augmentation: torch.Tensor  # float32 [parameters, 2b], see simclr.draw_augmentation
+    excluded: torch.Tensor | None  # bool [B, B]: pairs of slices that are no negatives
+    dose: float  # near-duplicate negatives that a slice of the batch meets on average
+
+
+def stream(selection, args, start, device, rank=0, world=1):
+    """Yield the Batch of every step from `start` on, without end, on the device.
+
+    selection: store.Selection. args: pretrain.py's, of which sample, neighbours, batch_size,
+    mask_negatives, mask_random and seed are used. All processes get equally many slices, for which
+    up to world - 1 slices of a batch sit out.
+    """
+    store, volume = selection.store, selection.store.volume_index
+
+    def load(step, rows):
+        rows = rows[: len(rows) - len(rows) % world]
+        share = np.array_split(rows, world)[rank]
+        hashes, volumes = store.hashes[rows], volume[rows]
+        excluded = excluded_negatives(hashes, volumes, args, step)
+        met = near_duplicates(hashes, volumes, DOSE_BITS)
+        if excluded is not None:
+            met &= ~excluded
+            excluded = torch.from_numpy(excluded)
+        rng = np.random.default_rng([args.seed, step, AUGMENT, rank])
+        augmentation = draw_augmentation(2 * len(share), rng)
+        slices = torch.from_numpy(store.slices[share])
+        return Batch(slices, augmentation, excluded, float(met.sum() / len(rows)))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = deque()
+        for step, rows in steps(selection, args, start):
+            coming.append(pool.submit(load, step, rows))
+            if len(coming) == AHEAD:
+                yield to_device(coming.popleft().result(), device)
+
+
+def steps(selection, args, start):
+    """Yield (step, rows of the store in its batch) from step `start` on, without end."""
+    per_epoch = batches_per_epoch(selection, args)
+    for epoch in count(start // per_epoch):
+        batches = epoch_batches(selection, args, epoch)
+        for i, rows in enumerate(batches):
+            step = epoch * per_epoch + i
+            if step >= start:
+                yield step, rows
+
+
+def slices_per_epoch(selection, sample):
+    return len(selection.representative) if sample == "all" else len(selection.kept)
+
+
+def batches_per_epoch(selection, args):
+    return math.ceil(slices_per_epoch(selection, args.sample) / args.batch_size)
+
+
+def epoch_batches(selection, args, epoch):
+    """The batches of an epoch, arrays of rows: near-equal in size, none above batch_size."""
+    rows = epoch_rows(selection, args.sample, args.seed, epoch)
+    rng = np.random.default_rng([args.seed, epoch, SHUFFLE_RUNS])
+    runs = cut_into_runs(rows, selection.store.volume_index[rows], args.neighbours, rng)
+    order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+    return np.array_split(order, batches_per_epoch(selection, args))
+
+
+def epoch_rows(selection, sample, seed, epoch):
+    """The rows of the store that an epoch trains on, in the store's order.
+
+    sample: "kept", the selection's slices; "all", every slice of the store; "clusters", soft
+    reduction (our choice): for each representative one slice, drawn anew every epoch from those
+    that it stands for, itself included.
+    """
+    if sample == "kept":
+        return selection.kept
+    if sample == "all":
+        return np.arange(len(selection.representative))
+    members = np.argsort(selection.representative, kind="stable")
+    _, first, size = np.unique(
+        selection.representative[members], return_index=True, return_counts=True
+    )
+    rng = np.random.default_rng([seed, epoch, DRAW_MEMBERS])
+    return np.sort(members[first + rng.integers(size)])
+
+
+def cut_into_runs(rows, volumes, length, rng):
+    """Cut rows, in z order, into runs of `length` neighbours of one volume: a list of arrays.
+
+    Where a volume's first run ends is drawn anew, so that its runs are others in every epoch.
+    """
+    if length == 1:
+        return rows[:, None]
+    runs = []
+    for volume in np.split(rows, np.flatnonzero(np.diff(volumes)) + 1):
+        runs += np.split(volume, np.arange(rng.integers(1, length + 1), len(volume), length))
+    return runs
+
+
+def near_duplicates(hashes, volumes, bits):
+    """Bool [n, n]: two different slices of one volume whose dHashes differ by at most `bits`.
+
+    hashes: uint64 [n]. volumes: number of each slice's volume, int [n].
+    """
+    near = volumes[:, None] == volumes
+    near &= hamming(hashes[:, None], hashes) <= bits
+    np.fill_diagonal(near, False)
+    return near
+
+
+def excluded_negatives(hashes, volumes, args, step):
+    """Which pairs of a batch are no negatives of each other: bool [B, B], None where all are.
+
+    mask_random is the control: each slice loses as many negatives as it has near-duplicates, but
+    drawn at random from all others.
+    """
+    if args.mask_negatives is None:
+        return None
+    near = near_duplicates(hashes, volumes, args.mask_negatives)
+    if not args.mask_random:
+        return near
+    rng = np.random.default_rng([args.seed, step, DROP_NEGATIVES])
+    lots = rng.random(near.shape)
+    np.fill_diagonal(lots, np.inf)  # a slice stays with itself
+    rank = lots.argsort(axis=1).argsort(axis=1)
+    return rank < near.sum(axis=1, keepdims=True)
+
+
+def to_device(batch, device):
+    """The batch on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return batch
+
+    def copy(tensor):
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    excluded = None if batch.excluded is None else copy(batch.excluded)
+    return Batch(copy(batch.slices), copy(batch.augmentation), excluded, batch.dose)
