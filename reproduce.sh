@@ -7,48 +7,86 @@ usage() {
 bash reproduce.sh                  the whole pipeline on toy CT made on the spot: minutes on a laptop, nothing downloaded
 bash reproduce.sh --data DIR       the same rows on real CT
 bash reproduce.sh --test           the tests
+bash reproduce.sh --install        only installs
 
 On first use it makes .venv and installs requirements.txt there (Python 3.11 or newer). With PYTHON=/path/to/python set
-it uses that Python as it is. Stopped and started again, it goes on where it was.
+it uses that Python as it is, for example one with PyTorch's CPU build, which spares 5 GB of CUDA libraries.
+Stopped and started again, it goes on where it was; a step made by code that was edited since is refused.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
-  --seeds K          pre-training runs a row (default: 1)
+  --seeds K          pre-training runs a row (default: 1; toy: 2)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
-  --rows "A B"       of the rows below (default: all of them)
-  --pretrain "..."   flags for every pretrain.py (default for real data: "--epochs 100", the rest pretrain.py's)
-  --evaluate "..."   flags for every evaluate.py (default for real data: evaluate.py's, the paper's fine-tuning)
+  --rows "A B"       of the rows below (default: those without # in their name, Hash-3, Hash-6, Hash-12, Clusters-6,
+                     ALL-c32, ALL-c32-masked, Hash-6-steps and Random-steps)
+  --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64)
+  --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
+  --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
 
-Rows: scratch (random weights), ALL, Hash-3, Hash-6, Hash-12, HashAll (Hash-6 over all volumes at once), SSIM, MI and
-Embedding at reduce.py's default thresholds; and as many slices as Hash-6 keeps, so that the choice of slices can be told
-from their number: EveryN, Random, SSIM-budget, MI-budget, Embedding-budget. Any row but scratch with -steps after its name
-is trained as many optimiser steps as ALL instead of as many epochs; of these, Hash-6-steps and Random-steps are default.
+Rows (name | reduce.py | pretrain.py; # is any whole number; KEEP slices are as many as Hash-6 keeps):
+TEXT
+  echo "scratch           random weights$rows_table"
+  cat <<'TEXT'
+Any row but scratch with -steps after its name is trained for as many optimiser steps as ALL, with -steps-x3 for three
+times as many, instead of for as many epochs.
 
 DIR must hold ct/ and at least one of the others; a link to a folder will do:
-  ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used
-                LIDC-IDRI            1,010 chest CT, cancerimagingarchive.net, CC BY 3.0
-                FDG-PET-CT-Lesions   the CT of 891 whole-body scans, cancerimagingarchive.net, licence and access: see its page
+  ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used, both free and without an account:
+                LIDC-IDRI            1,010 chest CT, 243,958 slices, 128 GB, CC BY 3.0
+                FDG-PET-CT-Lesions   whole-body PET/CT, 560,796 CT slices (the paper: 541,439 of them), 296 GB, CC BY 4.0
+              pip install idc-index, then (the flags are those of its --help; not tried from here)
+                idc download-from-selection --collection-id lidc_idri --analysis-results exclude --download-dir DIR/ct
+              and the same with fdg_pet_ct_lesions. PET series beside the CT are left out and counted.
   covid-ct/   COVID-CT: CT_COVID/, CT_NonCOVID/ and Data-split/ unpacked from github.com/UCSD-AI4H/COVID-CT
                 (figures collected from papers; for research)
-  organ/      organsmnist.npz of MedMNIST, medmnist.com, CC BY 4.0
+  organ/      organsmnist.npz of MedMNIST, medmnist.com (pip install medmnist downloads it too), CC BY 4.0
   head-ct/    Head CT - hemorrhage (200 images, labels.csv), Kaggle (felipekitamura/head-ct-hemorrhage), no licence
                 stated; it stands in for the paper's brain CT, which is not public
 Access and licences change: read them at the source before you use the data.
 TEXT
 }
 
-all_rows='scratch ALL EveryN Random Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget Embedding-budget Hash-6-steps Random-steps'
+rows_table='
+ALL               | --strategy all                                      |
+EveryN            | --strategy every-n --keep KEEP                      |
+Random            | --strategy random --keep KEEP --seed SEED           |
+Random-matched    | --strategy random --like HASH6 --seed SEED          |
+Hash-#            | --strategy hash --threshold #                       |
+HashAll           | --strategy hash --threshold 6 --scope dataset       |
+SSIM              | --strategy ssim                                     |
+MI                | --strategy mi                                       |
+Embedding         | --strategy embedding --encoder ENCODER              |
+SSIM-budget       | --strategy ssim --keep KEEP                         |
+MI-budget         | --strategy mi --keep KEEP                           |
+Embedding-budget  | --strategy embedding --encoder ENCODER --keep KEEP  |
+Redundant         | --strategy redundant --like HASH6                   |
+ALL-masked        | --strategy all                                      | --mask-negatives 6
+Clusters-#        | --strategy hash --threshold #                       | --sample clusters
+ALL-c#            | --strategy all                                      | --neighbours #
+ALL-c#-masked     | --strategy all                                      | --neighbours # --mask-negatives 6
+ALL-c#-random     | --strategy all                                      | --neighbours # --mask-negatives 6 --mask-random'
+default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
+  Embedding-budget Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked Hash-6-steps Random-steps'
 
 main() {
   parse "$@"
   cd "$(dirname "${BASH_SOURCE[0]}")"
   prepare_python
-  if [ "$mode" = test ]; then exec "$python" -m pytest -q tests; fi
+  case $mode in
+    install) exit ;;
+    test) exec "$python" -m pytest -q tests ;;
+  esac
   prepare_data
+  check_flags
   mkdir -p "$out/done"
+  code=$("$python" -m common.files)
 
-  reduce --strategy all # always called: it notices when the CT has changed
-  once hash-6 reduce --strategy hash --threshold 6
-  budget=$("$python" -c 'import json, sys; s = json.load(open(sys.argv[1])); print(round(s["kept"] / s["slices"], 4))' "$out/slices/hash-6.json")
+  run_reduce --strategy all # always called: it notices when the CT has changed
+  once hash-6 run_reduce --strategy hash --threshold 6
+  hash6=$out/slices/hash-6.csv
+  keep=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["kept"])' "${hash6%.csv}.json")
+  if [[ "$rows" =~ -steps ]] || [[ -z $encoder && "$rows" =~ Embedding ]]; then pretrain_row ALL 0; fi
+  encoder=${encoder:-$out/runs/ALL-seed-0/encoder.pt}
+
   for row in $rows; do
     if [ "$row" = scratch ]; then evaluate_row scratch scratch; continue; fi
     encoders=()
@@ -61,49 +99,55 @@ main() {
 
   "$python" evaluate.py tables "$out/results.csv" > "$out/tables.md.tmp"
   mv "$out/tables.md.tmp" "$out/tables.md"
+  "$python" evaluate.py figure "$out/results.csv" "$out/figure.svg"
   cat "$out/tables.md"
   echo
-  echo "Written to $out/tables.md; selections to look at: $out/slices/*.png"
+  echo "Written to $out/tables.md and figure.svg; selections to look at: $out/slices/*.png"
 }
 
+# pretrain_row ROW SEED: selects the row's slices and trains on them.
 pretrain_row() {
-  local flags=$pretrain_flags
-  if [[ $1 == *-steps ]]; then # as many steps as ALL made
-    pretrain_row ALL 0
-    flags="$(sed -E 's/--(epochs|steps) +[0-9]+//' <<< "$flags") --steps $(steps_of ALL)"
-  fi
-  select_row "${1%-steps}" "$2"
-  once "pretrain-$1-$2" "$python" pretrain.py "$out/slices/$selection.csv" "$out/runs/$1-seed-$2" --seed "$2" $flags
-}
-
-steps_of() { sed -nE '1s/.*"steps": ([0-9]+).*/\1/p' "$out/runs/$1-seed-0/log.jsonl"; }
-
-# Makes the selection of a row; leaves its name in $selection. Random draws anew for every pre-training seed.
-select_row() {
-  local flags
+  local name=${1%%-steps*} flags
+  once "$(selection_key "$name" "$2")" run_reduce $(flags_of "$name" "$2" 2)
+  flags=$(flags_of "$name" "$2" 3)
   case $1 in
-    ALL) selection=all flags='--strategy all' ;;
-    HashAll) selection=hash-6-dataset flags='--strategy hash --threshold 6 --scope dataset' ;;
-    Hash-*) selection=hash-${1#Hash-} flags="--strategy hash --threshold ${1#Hash-}" ;;
-    EveryN) selection=every-n-keep-$budget flags="--strategy every-n --keep $budget" ;;
-    Random)
-      selection=random-keep-$budget flags="--strategy random --keep $budget --seed $2"
-      if [ "$2" != 0 ]; then selection=$selection-seed-$2; fi ;;
-    SSIM) selection=ssim-0.7 flags='--strategy ssim --threshold 0.7' ;;
-    MI) selection=mi-0.45 flags='--strategy mi --threshold 0.45' ;;
-    Embedding) selection=embedding-0.997 flags='--strategy embedding --threshold 0.997' ;;
-    *-budget)
-      selection=${1%-budget}
-      selection=$(tr '[:upper:]' '[:lower:]' <<< "$selection")-keep-$budget
-      flags="--strategy ${selection%%-*} --keep $budget" ;;
+    *-steps) flags="$flags --steps $(steps_of_all 1)" ;;
+    *-steps-x*) flags="$flags --steps $(steps_of_all "${1##*-steps-x}")" ;;
   esac
-  if [[ $1 != Embedding* ]]; then once "$selection" reduce $flags; return; fi
-  local this=$selection encoder=$embedding
-  if [ -z "$encoder" ]; then pretrain_row ALL 0; encoder=$out/runs/ALL-seed-0/encoder.pt; fi
-  selection=$this
-  once "$selection" reduce $flags --encoder "$encoder"
+  once "pretrain-$1-$2" "$python" pretrain.py "$(selection_of "$name" "$2")" "$out/runs/$1-seed-$2" \
+    --seed "$2" $pretrain_flags $flags
 }
 
+# flags_of ROW SEED COLUMN: what rows_table says, with its placeholders filled in.
+flags_of() {
+  local number line
+  number=$(tr -dc '0-9' <<< "$1")
+  line=$(line_of "$1")
+  cut -d'|' -f"$3" <<< "$line" | sed -e "s/#/$number/g; s/KEEP/${keep:-}/; s/SEED/$2/" \
+    -e "s|HASH6|${hash6:-}|; s|ENCODER|${encoder:-}|"
+}
+
+# line_of ROW: its line of rows_table, where # stands for a whole number; empty for no row.
+line_of() {
+  awk -F' *[|] *' -v row="$1" '{ name = $1; gsub(/#/, "[0-9]+", name) } NF && row ~ "^" name "$"' <<< "$rows_table"
+}
+
+# selection_key ROW SEED: what `once` calls its selection; some rows draw anew for every pre-training seed.
+selection_key() {
+  if [[ $(line_of "$1") == *SEED* ]]; then echo "select-$1-$2"; else echo "select-$1"; fi
+}
+
+# selection_of ROW SEED: the file that reduce.py named in its last line.
+selection_of() { sed -n 's/.* -> //p' "$out/done/$(selection_key "$1" "$2").txt"; }
+
+# steps_of_all FACTOR: that many times the optimiser steps of ALL.
+steps_of_all() {
+  local steps
+  steps=$(sed -nE '1s/.*"steps": ([0-9]+).*/\1/p' "$out/runs/ALL-seed-0/log.jsonl")
+  awk -v steps="$steps" -v factor="$1" 'BEGIN { printf "%.0f", steps * factor }'
+}
+
+# evaluate_row ROW ENCODER...
 evaluate_row() {
   local name=$1 task folder
   shift
@@ -114,25 +158,26 @@ evaluate_row() {
   done
 }
 
-reduce() { "$python" reduce.py "$ct" "$out/slices" $reduce_flags "$@"; }
+run_reduce() { "$python" reduce.py "$ct" "$out/slices" $reduce_flags "$@"; }
 
-# once KEY COMMAND...: runs the command unless it has ended well before, word for word.
+# once KEY COMMAND...: runs the command unless it has ended well before, word for word, by the same code.
 once() {
-  local key=$1
+  local key=$1 done_file=$out/done/$1
   shift
-  if [ -f "$out/done/$key" ] && [ "$(cat "$out/done/$key")" = "$*" ]; then return; fi
+  if [ "$(cat "$done_file" 2>/dev/null)" = "$code $*" ]; then return; fi
   printf '\n--- %s\n' "$key"
-  "$@"
-  printf '%s\n' "$*" > "$out/done/$key"
+  "$@" | tee "$done_file.txt"
+  printf '%s\n' "$code $*" > "$done_file"
 }
 
 parse() {
-  mode=toy data='' out='' seeds=1 embedding='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$all_rows
+  mode=toy data='' out='' seeds='' encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$default_rows
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage; exit ;;
-      --test) mode=test; shift; continue ;;
-      --data | --out | --seeds | --rows | --embedding | --pretrain | --evaluate) [ $# -gt 1 ] || stop "$1 needs a value" ;;
+      --test | --install) mode=${1#--}; shift; continue ;;
+      --data | --out | --seeds | --rows | --embedding | --reduce | --pretrain | --evaluate)
+        [ $# -gt 1 ] || stop "$1 needs a value" ;;
       *) stop "$1 is not an option" ;;
     esac
     case $1 in
@@ -140,20 +185,23 @@ parse() {
       --out) out=$2 ;;
       --seeds) seeds=$2 ;;
       --rows) rows=$2 ;;
-      --embedding) embedding=$2 ;;
+      --embedding) encoder=$2 ;;
+      --reduce) reduce_flags=$2 ;;
       --pretrain) pretrain_flags=$2 ;;
       --evaluate) evaluate_flags=$2 ;;
     esac
     shift 2
   done
   for row in $rows; do
-    case " $all_rows " in *" $row "* | *" ${row%-steps} "*) ;; *) stop "--rows: $row is not a row" ;; esac
+    [ "$row" = scratch ] || [[ $row =~ -steps-x[0-9.]+$ || $row =~ -steps$ || ! $row =~ -steps ]] || stop "--rows: $row is not a row"
+    [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
   done
+  [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   if [ "$mode" = real ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
   fi
-  if [ -f "$embedding" ]; then embedding=$(cd "$(dirname "$embedding")" && pwd)/$(basename "$embedding"); fi
+  if [ -f "$encoder" ]; then encoder=$(cd "$(dirname "$encoder")" && pwd)/$(basename "$encoder"); fi
   if [ -n "$out" ]; then mkdir -p "$out" && out=$(cd "$out" && pwd); fi
 }
 
@@ -174,19 +222,34 @@ prepare_python() {
 
 prepare_data() {
   if [ "$mode" = toy ]; then
-    out=${out:-$PWD/results/toy} reduce_flags='--size 128' tasks='toy-lesion toy-organ'
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 4 --optimizer adamw}
-    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 4}
+    out=${out:-$PWD/results/toy} tasks='toy-lesion toy-organ' seeds=${seeds:-2}
+    reduce_flags=${reduce_flags:---size 64}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 4 --warmup 0.1 --optimizer adamw}
+    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 3}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return
   fi
-  out=${out:-$PWD/results/$(basename "$data")} ct=$data/ct tasks=''
-  pretrain_flags=${pretrain_flags:---epochs 100}
+  out=${out:-$PWD/results/$(basename "$data")} ct=$data/ct tasks='' seeds=${seeds:-1}
+  pretrain_flags=${pretrain_flags:---epochs 100 --warmup 0.1}
   for task in covid-ct organ head-ct; do
     if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi
   done
   [ -n "$tasks" ] || stop "$data: holds none of covid-ct, organ and head-ct"
+}
+
+# Every flag is read by the script it is for before hours of work begin.
+check_flags() {
+  local encoders=() script flags
+  for ((seed = 0; seed < seeds; seed++)); do encoders+=("run-$seed/encoder.pt"); done
+  for script in reduce pretrain evaluate; do
+    case $script in
+      reduce) flags="data out --strategy all $reduce_flags" ;;
+      pretrain) flags="selection.csv run $pretrain_flags" ;;
+      evaluate) flags="${tasks##* } data --results results.csv $evaluate_flags --encoder ${encoders[*]}" ;;
+    esac
+    "$python" -c "import $script; $script.parse_args()" $flags || stop "--$script: see the line above"
+  done
 }
 
 stop() {
