@@ -53,6 +53,7 @@ SETTINGS = [  # flags that make a run what it is
     "neighbours",
     "mask_negatives",
     "mask_random",
+    "loss_groups",
     "seed",
 ]
 
@@ -175,6 +176,13 @@ def parse_args():
         help="with --mask-negatives, its control: as many negatives go, drawn at random",
     )
     add(
+        "--loss-groups",
+        type=int,
+        default=1,
+        metavar="G",
+        help="negatives only within each of G equal parts of the batch (default: %(default)s)",
+    )
+    add(
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
@@ -183,7 +191,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
-    for name in ("size", "epochs", "steps", "batch_size", "neighbours"):
+    for name in ("size", "epochs", "steps", "batch_size", "neighbours", "loss_groups"):
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -63,7 +63,9 @@ ALL-masked        | --strategy all                                      | --mask
 Clusters-#        | --strategy hash --threshold #                       | --sample clusters
 ALL-c#            | --strategy all                                      | --neighbours #
 ALL-c#-masked     | --strategy all                                      | --neighbours # --mask-negatives 6
-ALL-c#-random     | --strategy all                                      | --neighbours # --mask-negatives 6 --mask-random'
+ALL-c#-random     | --strategy all                                      | --neighbours # --mask-negatives 6 --mask-random
+ALL-double        | --strategy all                                      | --batch-size 256 --loss-groups 2
+ALL-c#-double     | --strategy all                                      | --neighbours # --batch-size 256 --loss-groups 2'
 default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
   Embedding-budget Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked Hash-6-steps Random-steps'
 

@@ -38,7 +38,7 @@ def stream(selection, args, start, device, rank=0, world=1):
     """Yield the Batch of every step from `start` on, without end, on the device.
 
     selection: store.Selection. args: pretrain.py's, of which sample, neighbours, batch_size,
-    mask_negatives, mask_random and seed are used. All processes get equally many slices, for which
+    mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many slices, for which
     up to world - 1 slices of a batch sit out.
     """
     store, volume = selection.store, selection.store.volume_index
@@ -137,21 +137,27 @@ def near_duplicates(hashes, volumes, bits):
 
 
 def excluded_negatives(hashes, volumes, args, step):
-    """Which pairs of a batch are no negatives of each other: bool [B, B], None where all are.
-
-    mask_random is the control: each slice loses as many negatives as it has near-duplicates, but
-    drawn at random from all others.
-    """
-    if args.mask_negatives is None:
+    """Which pairs of a batch are no negatives of each other: bool [B, B], None where all are."""
+    if args.mask_negatives is None and args.loss_groups == 1:
         return None
-    near = near_duplicates(hashes, volumes, args.mask_negatives)
-    if not args.mask_random:
-        return near
-    rng = np.random.default_rng([args.seed, step, DROP_NEGATIVES])
-    lots = rng.random(near.shape)
+    n = len(hashes)
+    group = np.arange(n) * args.loss_groups // n
+    excluded = group[:, None] != group
+    if args.mask_negatives is not None:
+        near = near_duplicates(hashes, volumes, args.mask_negatives)
+        if args.mask_random:
+            rng = np.random.default_rng([args.seed, step, DROP_NEGATIVES])
+            near = as_many_at_random(near, rng)
+        excluded |= near
+    return excluded
+
+
+def as_many_at_random(mask, rng):
+    """The control of a mask [n, n]: each row has as many entries, drawn from all but the diagonal."""
+    lots = rng.random(mask.shape)
     np.fill_diagonal(lots, np.inf)  # a slice stays with itself
     rank = lots.argsort(axis=1).argsort(axis=1)
-    return rank < near.sum(axis=1, keepdims=True)
+    return rank < mask.sum(axis=1, keepdims=True)
 
 
 def to_device(batch, device):

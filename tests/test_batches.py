@@ -22,6 +22,7 @@ def flags(**changed):
         "batch_size": 16,
         "mask_negatives": None,
         "mask_random": False,
+        "loss_groups": 1,
         "seed": 5,
     }
     return SimpleNamespace(**defaults | changed)
@@ -175,6 +176,17 @@ def test_mask_and_dose(neighbours):
     assert np.array_equal(excluded.sum(1), near.sum(1)) and not excluded.diagonal().any()
     assert not np.array_equal(excluded, near)
     assert control.dose == (near & ~excluded).sum() / 25
+
+
+def test_loss_groups_are_equal_parts_of_the_batch():
+    """Runs stay together, so that a part's negatives are those of a batch of its size."""
+    chosen = selection(96)
+    args = flags(batch_size=24, neighbours=6, loss_groups=2, mask_negatives=6)
+    [(_, rows)] = [next(batches.steps(chosen, args, 0))]
+    excluded = next(batches.stream(chosen, args, 0, CPU)).excluded.numpy()
+    halves = np.arange(24) < 12
+    expected = (halves[:, None] != halves) | slow_near_duplicates(chosen, rows, 6)
+    assert np.array_equal(excluded, expected)
 
 
 def test_the_mask_of_processes_is_that_of_the_global_batch():
