@@ -1,0 +1,62 @@
+"""reproduce.sh, tiny: rows, resuming, flags that are refused before the work begins."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = "--arch resnet18 --size 32 --batch-size 16 --steps 2 --optimizer adamw"
+EVALUATE = "--protocol linear --arch resnet18 --size 32 --seeds 2"
+ROWS = "scratch Embedding Random-matched Redundant ALL-c4-masked Clusters-9 Hash-6-steps-x2"
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory, run):
+    """The output folder of two runs of every row, and the command that made it."""
+    out = tmp_path_factory.mktemp("reproduced") / "out"
+    command = ["reproduce.sh", "--out", out, "--seeds", 2, "--rows", ROWS]
+    command += ["--reduce", "--size 32", "--pretrain", PRETRAIN, "--evaluate", EVALUATE]
+    return out, command, run(*command, program="bash").stdout
+
+
+def test_every_row_is_in_the_tables_with_an_interval_over_runs(reproduced):
+    """Embedding selects with the encoder of ALL, so that is pre-trained first, though no row."""
+    out, _, stdout = reproduced
+    text = (out / "tables.md").read_text()
+    assert text in stdout and "pretrain-ALL-0" in stdout and (out / "figure.svg").exists()
+    for row in ROWS.split():
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {row} |")][:1]
+        assert line.count("±") == 2
+    with open(out / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * 2 * len(ROWS.split())
+    assert {line["steps"] for line in lines if line["name"] == "Hash-6-steps-x2"} == {"4"}
+    assert {line["dose"] for line in lines if line["name"] == "ALL-c4-masked"} == {"0.0"}
+
+
+def test_a_second_call_does_nothing_again(reproduced, run):
+    out, command, _ = reproduced
+    again = run(*command, program="bash").stdout
+    assert "---" not in again.split("# ")[0] and (out / "tables.md").read_text() in again
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows", "ALL Hash-9 Hash-x"], "--rows: Hash-x is not a row"),
+        (["--rows", "ALL-steps-y2"], "--rows: ALL-steps-y2 is not a row"),
+        (["--seeds", "0"], "--seeds 0: must be a whole number"),
+        (["--pretrain", "--epoch-size=100"], "--pretrain: see the line above"),
+        (["--evaluate", "--protocol nothing"], "--evaluate: see the line above"),
+        (["--seeds", "3", "--evaluate", "--seeds 2"], "--evaluate: see the line above"),
+        (["--reduce", "--size 0"], "--reduce: see the line above"),
+        (["--data", "nowhere"], "nowhere/ct: no such folder"),
+        (["--nothing"], "--nothing is not an option"),
+    ],
+)
+def test_wrong_flags_are_refused_before_any_work(tmp_path, run, flags, message):
+    (tmp_path / "out" / "toy").mkdir(parents=True)
+    done = run("reproduce.sh", "--out", tmp_path / "out", *flags, program="bash", ok=False)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "slices").exists()
