@@ -92,20 +92,15 @@ def bootstrap(labels, probabilities, weights):
     labels, folds), each with NaN for the images that it does not test.
     """
     parts = probabilities if probabilities.ndim == 3 else probabilities[None]
-    aucs = []
-    for part in parts:
-        tested = np.flatnonzero(~np.isnan(part[:, 0]))
-        aucs.append(
-            np.concatenate(
-                [
-                    weighted_auc(
-                        labels[tested], part[tested], weights[tested, start : start + PORTION]
-                    )
-                    for start in range(0, weights.shape[1], PORTION)
-                ]
-            )
-        )
-    return mean_of_defined(aucs)
+    return mean_of_defined([bootstrap_part(labels, part, weights) for part in parts])
+
+
+def bootstrap_part(labels, probabilities, weights):
+    tested = np.flatnonzero(~np.isnan(probabilities[:, 0]))
+    labels, probabilities, weights = labels[tested], probabilities[tested], weights[tested]
+    starts = range(0, weights.shape[1], PORTION)
+    portions = [weights[:, start : start + PORTION] for start in starts]
+    return np.concatenate([weighted_auc(labels, probabilities, portion) for portion in portions])
 
 
 def image_covariance(rows):
@@ -115,6 +110,8 @@ def image_covariance(rows):
     is left out where a row has several: it is part of the spread between runs already, and would
     count twice (so do Obuchowski and Rockette 1995, whose readers are our runs).
     """
+    defined = ~np.isnan(np.concatenate(rows)).any(axis=0)  # samples that hold both classes
+    rows = [draws[:, defined] for draws in rows]
     means = np.array([draws.mean(axis=0) for draws in rows])
     covariance = np.cov(means, ddof=1).reshape(len(rows), len(rows))
     for i, draws in enumerate(rows):
@@ -129,6 +126,8 @@ def variance_between_runs(rows):
     """Variance between the runs of a row, pooled over the rows with at least 2 runs.
 
     rows: the AUCs of each row's runs, [runs]. (variance, degrees of freedom), 0 without such a row.
+    The rows are taken to vary alike: one with few runs that varies twice as much as the others is
+    called different too often (9 to 11 % of true nulls at 0.05 in a simulation).
     """
     repeated = [aucs for aucs in rows if len(aucs) > 1]
     freedom = sum(len(aucs) - 1 for aucs in repeated)

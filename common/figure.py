@@ -2,6 +2,7 @@
 
 import re
 from html import escape
+from operator import itemgetter
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def steps_curve(prefix, estimates, costs):
     """[(steps, estimate), ...] of a row and of those that add a length to its name."""
     lengths = re.compile(rf"{re.escape(prefix)}(-.*(steps|epochs))?")
     names = [name for name in estimates if lengths.fullmatch(name) and "steps" in costs[name]]
-    return sorted([(costs[name]["steps"], estimates[name]) for name in names], key=first)
+    return sorted([(costs[name]["steps"], estimates[name]) for name in names], key=itemgetter(0))
 
 
 def dose_curve(prefix, ending, estimates, costs):
@@ -153,11 +154,9 @@ def dose_curve(prefix, ending, estimates, costs):
     neighbours = re.compile(rf"{re.escape(prefix)}(-c\d+)?")
     names = [name for name in estimates if neighbours.fullmatch(name) and "dose" in costs[name]]
     doses = [(costs[name]["dose"], name + ending) for name in names]
-    return sorted([(dose, estimates[name]) for dose, name in doses if name in estimates], key=first)
-
-
-def first(point):
-    return point[0]
+    return sorted(
+        [(dose, estimates[name]) for dose, name in doses if name in estimates], key=itemgetter(0)
+    )
 
 
 def draw_curves(drawing, curves, y_axis, sides, label, scratch):

@@ -34,8 +34,8 @@ DRAFTS = {  # AUC in %: COVID after PET-CT, after LIDC; brain after PET-CT, afte
 }
 HOW_TO_READ = """\
 A run is one pre-training (for scratch: one set of random weights). AUC: mean over runs ± their SD.
-[95 % interval]: a t interval over runs with the test images added: the variance between runs,
-pooled over the rows of a task, and that of a bootstrap that draws whole groups of images by class.
+[95 % interval]: a t interval over runs with the test images added: the variance between runs, taken
+as equal for all rows of a task, and that of a bootstrap of whole groups of test images, by class.
 A row with one run says nothing about other runs: its interval covers images only, and it has no p.
 Holm: p corrected for all differences of a table; "may be chance" marks those of 0.05 or more."""
 
@@ -85,7 +85,7 @@ def variant_tables(results, variant, rows, baseline):
         text.append(f"### {title(variant)}: difference to {base}")
         text += difference_tables(names, tasks, base, found)
         text += [power(task, base, found[task]) for task in tasks]
-    settings = unique([f"{row['task']}: {row['settings']}" for row in rows])
+    settings = dict.fromkeys(f"{row['task']}: {row['settings']}" for row in rows)
     return [*text, "Settings: " + "; ".join(settings) + "."]
 
 
@@ -100,7 +100,8 @@ def caveats(variant, found):
     without = [task for task in found if not found[task]["groups"]]
     if without:
         text.append(
-            f"No test scores beside results.csv: {', '.join(without)}: intervals cover runs only."
+            f"{', '.join(without)}: no test scores beside results.csv, and no results-images.json "
+            "made of these lines by this code: intervals cover runs only."
         )
     return text
 
@@ -145,7 +146,10 @@ def image_part(results, variant, task, runs):
     tables of a study can be made again without its scores, which are too large to publish.
     """
     path = Path(results).with_name(f"{Path(results).stem}-images.json")
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        fail(f"{path}: damaged ({error}): delete it, and it is made again from the scores")
     key = f"{task}, {title(variant)}"
     made_from = json.dumps([runs, code_digest("common/auc.py")])
     made_from = hashlib.sha256(made_from.encode()).hexdigest()[:16]
@@ -317,10 +321,11 @@ def power(task, base, found):
     ]
     if not detectable:
         return f"{task}: no p, since a difference needs 2 pre-training runs or more of both rows."
+    by_row = f" ({min(detectable):.3f} to {max(detectable):.3f}, by row)"
     return (
         f"{task}: a row and {base} cannot be told apart below a true difference of "
-        f"{np.median(detectable):.3f} ({min(detectable):.3f} to {max(detectable):.3f}, by row): "
-        "it takes that to find p < 0.05, uncorrected, with 80 % power from these runs and images."
+        f"{np.median(detectable):.3f}{by_row if len(detectable) > 1 else ''}: it takes that to "
+        "find p < 0.05, uncorrected, with 80 % power from these runs and images."
     )
 
 
@@ -349,6 +354,6 @@ def find_name(names, name):
     return next((found for found in names if found.lower() == name.lower()), None)
 
 
-def unique(values, column=None):
-    """The different values, in order; of a column of dicts where one is named."""
-    return list(dict.fromkeys(value[column] if column else value for value in values))
+def unique(rows, column):
+    """The different values of a column, in the order of the rows."""
+    return list(dict.fromkeys(row[column] for row in rows))

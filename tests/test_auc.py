@@ -80,6 +80,17 @@ def test_bootstrap_draws_whole_groups():
     assert of_groups / of_images == pytest.approx(5**0.5, rel=0.15)
 
 
+def test_samples_without_a_class_are_left_out():
+    """Both positives lie in groups of negatives, so that a sample may hold none."""
+    labels = np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0])
+    groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
+    p = np.random.default_rng(0).random((10, 2))
+    draws = auc.bootstrap(labels, p, auc.sample_weights(labels, groups))
+    assert 0 < np.isnan(draws).mean() < 0.5
+    expected = np.nanvar(draws, ddof=1)
+    assert auc.image_covariance([draws[None]])[0, 0] == pytest.approx(expected)
+
+
 def test_bootstrap_over_parts_is_that_of_a_plain_loop():
     """Two folds, each with NaN for the other's images, are two AUCs under the same weights."""
     labels, p = scores(60, 3, 4, True)

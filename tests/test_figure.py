@@ -1,4 +1,4 @@
-"""The figures, read as a person reads them: the numbers of an axis tell what a dot's place means."""
+"""The figures, read as a person does: an axis's numbers tell what a dot's place means."""
 
 import re
 from xml.etree import ElementTree

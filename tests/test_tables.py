@@ -195,14 +195,17 @@ def test_tables_without_the_scores(tmp_path):
     assert tables(results) == text
     results.write_text(results.read_text().replace("ALL-0", "ALL-9"))
     runs_only = tables(results)
-    assert "No test scores" in runs_only and "No test scores" not in text
-    assert runs_only.index("No test scores") < runs_only.index("| row")
+    assert "no test scores" in runs_only and "no test scores" not in text
+    assert runs_only.index("no test scores") < runs_only.index("| row")
     (tmp_path / "elsewhere").rename(scores_folder(results))
     assert tables(results) == text
     next(scores_folder(results).glob("*.npz")).unlink()
     assert tables(results) == text  # the image part of these lines is known
     results.write_text(results.read_text().replace("ALL-9", "ALL-0"))
     with pytest.raises(SystemExit, match="missing or damaged"):
+        tables(results)
+    results.with_name("results-images.json").write_text("{")
+    with pytest.raises(SystemExit, match="results-images.json: damaged"):
         tables(results)
 
 
