@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from common import auc
@@ -26,29 +27,181 @@ def test_auc_is_that_of_scikit_learn(classes, ties):
 def test_weighted_auc_is_that_of_the_resampled_images():
     labels, p = scores(60, 2, 0, True)
     rng = np.random.default_rng(1)
-    picks = [np.r_[0, 1, rng.integers(0, 60, 58)] for _ in range(20)]
-    weights = np.array([np.bincount(pick, minlength=60) for pick in picks])
-    expected = [roc_auc_score(labels[pick], p[pick, 1]) for pick in picks]
+    samples = [np.r_[0, 1, rng.integers(0, 60, 58)] for _ in range(20)]
+    weights = np.array([np.bincount(sample, minlength=60) for sample in samples]).T
+    expected = [roc_auc_score(labels[sample], p[sample, 1]) for sample in samples]
     assert np.allclose(auc.weighted_auc(labels, p, weights), expected)
+
+
+def test_a_class_that_a_sample_misses_is_left_out():
+    labels, p = scores(30, 3, 0, False)
+    weights = np.ones((30, 2), np.float32)
+    weights[labels == 2, 1] = 0
+    rest = labels != 2
+    expected = [roc_auc_score(labels[rest] == c, p[rest, c]) for c in (0, 1)]
+    assert auc.weighted_auc(labels, p, weights)[1] == pytest.approx(np.mean(expected))
 
 
 def test_bootstrap_is_stratified_paired_and_centred():
     labels, p = scores(200, 2, 2, False)
-    images = np.arange(200)
-    draws = auc.bootstrap(labels, p, images)
-    assert len(draws) == auc.DRAWS and np.array_equal(draws, auc.bootstrap(labels, p, images))
+    weights = auc.sample_weights(labels, np.arange(200))
+    assert np.array_equal(weights, auc.sample_weights(labels, np.arange(200)))
+    assert (
+        weights[labels == 1].sum(0) == (labels == 1).sum()
+    ).all()  # every class keeps its number
+    assert (weights.sum(0) == 200).all() and weights.max() > 3
+    draws = auc.bootstrap(labels, p, weights)
+    assert draws.shape == (auc.DRAWS,) and draws.std() > 0.02
     assert draws.mean() == pytest.approx(auc.metrics(labels, p)["auc"], abs=0.005)
-    assert np.allclose(
-        draws - auc.bootstrap(labels, p**0.5, images), 0
-    )  # a monotone change of scores changes no draw
-    low, high = auc.interval(draws)
-    assert low < auc.metrics(labels, p)["auc"] < high
+    # a monotone change of scores changes no draw: the two are paired
+    assert np.allclose(draws, auc.bootstrap(labels, p**0.5, weights))
 
 
-def test_p_value_counts_the_rarer_side():
-    differences = np.r_[np.full(30, -1.0), np.full(970, 1.0)]
-    assert auc.p_value(differences) == pytest.approx(0.06)
-    assert auc.p_value(np.ones(1000)) == 0.001 and auc.p_value(np.zeros(1000)) == 1
+def test_bootstrap_draws_whole_groups():
+    labels = np.repeat([0, 0, 1, 1, 0, 1], [3, 2, 4, 1, 2, 2])
+    groups = np.array([7, 7, 7, 3, 3, 9, 9, 9, 9, 1, 5, 5, 5, 5])  # group 5 holds both classes
+    weights = auc.sample_weights(labels, groups, 400)
+    for group in np.unique(groups):
+        assert (weights[groups == group] == weights[groups == group][0]).all()
+    first = np.unique(groups, return_index=True)[1]
+    times = dict(zip(groups[first], weights[first]))
+    assert (
+        times[7] + times[3] + times[5] == 3
+    ).all()  # of class 0, by the larger half, or the first
+    assert (times[9] + times[1] == 2).all()  # of class 1
+    # images that say the same are one: their AUC varies more than that of as many free images
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 5)
+    labels = np.repeat(np.arange(40) % 2, 5)
+    score = np.repeat(rng.normal(size=40), 5) + labels
+    p = np.stack([-score, score], 1)
+    of_groups = auc.bootstrap(labels, p, auc.sample_weights(labels, groups)).std()
+    of_images = auc.bootstrap(labels, p, auc.sample_weights(labels, np.arange(200))).std()
+    assert of_groups / of_images == pytest.approx(5**0.5, rel=0.15)
+
+
+def test_samples_without_a_class_are_left_out():
+    """Both positives lie in groups of negatives, so that a sample may hold none."""
+    labels = np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0])
+    groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
+    p = np.random.default_rng(0).random((10, 2))
+    draws = auc.bootstrap(labels, p, auc.sample_weights(labels, groups))
+    assert 0 < np.isnan(draws).mean() < 0.5
+    expected = np.nanvar(draws, ddof=1)
+    assert auc.image_covariance([draws[None]])[0, 0] == pytest.approx(expected)
+
+
+def test_bootstrap_over_parts_is_that_of_a_plain_loop():
+    """Two folds, each with NaN for the other's images, are two AUCs under the same weights."""
+    labels, p = scores(60, 3, 4, True)
+    fold = np.arange(60) % 2
+    parts = np.stack([np.where(fold[:, None] == part, p, np.nan) for part in (0, 1)])
+    weights = auc.sample_weights(labels, np.arange(60), 30)
+    plain = []
+    for draw in weights.T.astype(int):
+        aucs = []
+        for part in (0, 1):
+            rows = np.repeat(np.flatnonzero(fold == part), draw[fold == part])
+            for c in range(3):
+                aucs.append(roc_auc_score(labels[rows] == c, p[rows, c]))
+        plain.append(np.mean(aucs))
+    assert np.allclose(auc.bootstrap(labels, parts, weights), plain)
+
+
+def test_estimate_is_that_of_the_textbook():
+    """Runs alone: Student's two-sample t test. Images alone: their standard error."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.80, 0.01, 5), rng.normal(0.78, 0.01, 8)
+    spread = auc.variance_between_runs([a, b])
+    found = auc.estimate([a, b], np.zeros((2, 2)), spread, 100)
+    expected = stats.ttest_ind(a, b)
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert found["freedom"] == pytest.approx(11)
+    assert found["interval"] == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found["interval_90"] == pytest.approx(tuple(expected.confidence_interval(0.90)))
+    images = np.array([[5.0, 3.0], [3.0, 2.0]]) * 1e-4  # variance of the difference: 1e-4
+    found = auc.estimate([a, b], images, spread, 100)
+    run_part = spread[0] * (1 / 5 + 1 / 8)
+    assert found["error"] == pytest.approx((run_part + 1e-4) ** 0.5)
+    freedom = (run_part + 1e-4) ** 2 / (run_part**2 / 11 + 1e-8 / 99)
+    assert found["freedom"] == pytest.approx(freedom)
+    alone = auc.estimate([a], images[:1, :1], spread, 100)
+    assert alone["value"] == a.mean() and alone["error"] ** 2 == pytest.approx(spread[0] / 5 + 5e-4)
+
+
+def test_one_run_has_no_p():
+    a, b = np.array([0.8]), np.array([0.7, 0.72, 0.74])
+    images = np.diag([3e-4, 1e-4])
+    found = auc.estimate([a, b], images, auc.variance_between_runs([a, b]), 50)
+    assert found["p"] is None and found["detectable"] is None and found["runs"] == 1
+    half = stats.t.ppf(0.975, 49) * 0.02
+    assert found["interval"] == pytest.approx((0.08 - half, 0.08 + half))
+    assert auc.variance_between_runs([a]) == (0, 0)
+
+
+def test_no_difference_at_all_has_p_1():
+    same = np.array([1.0, 1.0])
+    found = auc.estimate([same, same], np.zeros((2, 2)), auc.variance_between_runs([same]), 9)
+    assert found["p"] == 1 and found["interval"] == (0, 0)
+
+
+def made_rows(rng, labels, runs, effect, run_sd, row_sd, noise_sd):
+    """Scores of the runs of two rows, [runs, images]: shared part, row's part, signal and noise.
+
+    effect: by how much the second row separates the classes better.
+    """
+    shared = rng.normal(size=len(labels))
+    for row, k in enumerate(runs):
+        row_part = row_sd * rng.normal(size=len(labels))
+        signal = 1.2 + effect * row + run_sd * rng.normal(size=(k, 1))
+        noise = noise_sd * rng.normal(size=(k, len(labels)))
+        yield shared + row_part + signal * labels + noise
+
+
+def comparisons(runs, nulls, effect=0.0, **spread):
+    """auc.estimate of the difference of two made-up rows, many times; the second has the effect."""
+    labels = np.repeat([0, 1], 25)
+    weights = auc.sample_weights(labels, np.arange(50), 100)
+    weights = np.concatenate([np.ones((50, 1), np.float32), weights], 1)  # the AUC itself first
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(nulls):
+        rows = made_rows(rng, labels, runs, effect, **spread)
+        draws = [
+            np.array([auc.binary_auc(labels == 1, run, weights) for run in row]) for row in rows
+        ]
+        aucs = [row[:, 0] for row in draws]
+        covariance = auc.image_covariance([row[:, 1:] for row in draws])
+        found.append(auc.estimate(aucs, covariance, auc.variance_between_runs(aucs), 50))
+    return found
+
+
+RUNS_DOMINATE = {"run_sd": 0.4, "row_sd": 0.2, "noise_sd": 0.2}
+IMAGES_DOMINATE = {"run_sd": 0.05, "row_sd": 0.8, "noise_sd": 0.3}
+NOISE_DOMINATES = {"run_sd": 0.0, "row_sd": 0.0, "noise_sd": 0.8}
+
+
+@pytest.mark.parametrize("spread", [RUNS_DOMINATE, IMAGES_DOMINATE, NOISE_DOMINATES])
+@pytest.mark.parametrize("runs", [(3, 3), (5, 5), (8, 8), (3, 8)])
+def test_true_nulls_are_called_different_in_3_to_7_percent(runs, spread):
+    """Runs that differ, rows whose images differ, and noise of each run on each image.
+
+    The last is part of both spreads: counted twice, 1 % of the nulls would be called different.
+    """
+    found = comparisons(runs, 2000, **spread)
+    assert 0.03 <= np.mean([one["p"] < 0.05 for one in found]) <= 0.07
+    covered = [one["interval_90"][0] <= 0 <= one["interval_90"][1] for one in found]
+    assert 0.87 <= np.mean(covered) <= 0.93
+
+
+def test_the_detectable_difference_is_found_with_80_percent_power():
+    spread = {"run_sd": 0.2, "row_sd": 0.3, "noise_sd": 0.2}
+    found = comparisons((5, 5), 300, effect=0.7, **spread)
+    difference = -np.mean([one["value"] for one in found])
+    assert difference == pytest.approx(np.median([one["detectable"] for one in found]), rel=0.05)
+    assert 0.73 <= np.mean([one["p"] < 0.05 for one in found]) <= 0.87
+    large = comparisons((3, 3), 50, effect=2.0, **spread)
+    assert np.mean([one["p"] < 0.05 for one in large]) > 0.95
 
 
 def test_holm_is_that_of_a_plain_loop():
@@ -60,13 +213,3 @@ def test_holm_is_that_of_a_plain_loop():
         expected[i] = largest
     assert np.allclose(auc.holm(p), [expected[i] for i in range(20)]) and auc.holm([]).size == 0
     assert np.allclose(auc.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-
-
-def test_over_runs_is_that_of_a_plain_loop():
-    draws = np.random.default_rng(0).normal(size=(3, 500))
-    drawn = np.random.default_rng(0).integers(3, size=(3, 500))
-    plain = [sum(draws[drawn[run, i], i] for run in range(3)) / 3 for i in range(500)]
-    np.testing.assert_allclose(auc.over_runs(draws), plain)
-    np.testing.assert_array_equal(auc.over_runs(draws[:1]), draws[0])
-    wide = draws + np.array([[-3.0], [0.0], [3.0]])  # runs that differ by much more than images do
-    assert np.var(auc.over_runs(wide)) == pytest.approx(9 * (2 / 3) / 3 + 1 / 3, rel=0.2)
