@@ -13,6 +13,7 @@ from common.results import read_results, read_scores, scores_folder
 
 BUDGET = "Hash-6"  # rows that keep as many slices as this one are marked
 EQUAL = 0.01  # as many means within 1 %
+PRECISION = 1e-5  # of the bootstrap's AUCs, as they are kept
 DEPENDENT = {  # tasks whose images depend on each other in a way that their file does not tell
     "organ": "no scan numbers, so intervals are too narrow"
 }
@@ -100,7 +101,7 @@ def caveats(variant, found):
     without = [task for task in found if not found[task]["groups"]]
     if without:
         text.append(
-            f"{', '.join(without)}: no test scores beside results.csv, and no results-images.json "
+            f"{', '.join(without)}: no test scores beside results.csv, and no results-draws.jsonl "
             "made of these lines by this code: intervals cover runs only."
         )
     return text
@@ -119,7 +120,7 @@ def task_statistics(results, variant, rows, task):
         name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
         for name in runs
     }
-    covariance, groups = image_part(results, variant, task, runs)
+    covariance, groups = image_part(results, task, runs)
     return {
         "aucs": aucs,
         "covariance": covariance,
@@ -139,54 +140,75 @@ def runs_of(lines, name):
     return list(runs.values())
 
 
-def image_part(results, variant, task, runs):
-    """({(name, name): auc.image_covariance}, groups of test images); without scores all 0.
-
-    It is kept in results-images.json beside results.csv. So a second table takes no time, and the
-    tables of a study can be made again without its scores, which are too large to publish.
-    """
-    path = Path(results).with_name(f"{Path(results).stem}-images.json")
-    try:
-        known = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        fail(f"{path}: damaged ({error}): delete it, and it is made again from the scores")
-    key = f"{task}, {title(variant)}"
-    made_from = json.dumps([runs, code_digest("common/auc.py")])
-    made_from = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    if known.get(key, {}).get("made_from") != made_from:
-        if not scores_folder(results).is_dir():
-            return dict.fromkeys([(a, b) for a in runs for b in runs], 0.0), 0
-        covariance, groups = bootstrap_rows(results, key, runs)
-        rounded = [[float(f"{value:.6g}") for value in line] for line in covariance]
-        known[key] = {"made_from": made_from, "groups": groups, "covariance": rounded}
-        with atomic_write(path, text=True) as file:
-            json.dump(known, file)
-    covariance = known[key]["covariance"]
-    pairs = {(a, b): covariance[i][j] for i, a in enumerate(runs) for j, b in enumerate(runs)}
-    return pairs, known[key]["groups"]
-
-
-def bootstrap_rows(results, key, runs):
-    """(auc.image_covariance of the rows, groups of test images) from the saved scores."""
+def image_part(results, task, runs):
+    """({(name, name): auc.image_covariance}, groups of test images); without scores all 0."""
     lines = [line for name in runs for run in runs[name] for line in run]
-    *tested, _ = read_scores(results, lines[0])
-    images, labels, groups = tested
-    weights = auc.sample_weights(labels, groups)
+    records = line_records(results, task, lines)
+    if records is None:
+        return dict.fromkeys([(a, b) for a in runs for b in runs], 0.0), 0
     draws = {}
-    for line in tqdm(lines, f"bootstrap: {key}", unit="line", disable=None):
-        *others, probabilities = read_scores(results, line)
-        if not all(np.array_equal(one, other) for one, other in zip(tested, others)):
+    for line, record in zip(lines, records):
+        if record["tested"] != records[0]["tested"]:
             fail(
-                f"{results}: {key}: {line['name']} seed {line['seed']} was not tested on the "
+                f"{results}: {task}: {line['name']} seed {line['seed']} was not tested on the "
                 f"images of {lines[0]['name']}: delete one of these lines and evaluate again"
             )
-        draws[line["name"], line["seed"]] = auc.bootstrap(labels, probabilities, weights)
+        draws[id(line)] = np.array(record["draws"]) * PRECISION
 
-    def run_draws(run):
-        return np.mean([draws[line["name"], line["seed"]] for line in run], axis=0)
+    rows = []
+    for name in runs:
+        rows.append(np.array([np.mean([draws[id(line)] for line in run], 0) for run in runs[name]]))
+    covariance = auc.image_covariance(rows)
+    pairs = {(a, b): covariance[i][j] for i, a in enumerate(runs) for j, b in enumerate(runs)}
+    return pairs, records[0]["groups"]
 
-    rows = [np.array([run_draws(run) for run in runs[name]]) for name in runs]
-    return auc.image_covariance(rows), len(np.unique(groups))
+
+def line_records(results, task, lines):
+    """What the bootstrap found for each line: a list of dicts; None where scores are missing.
+
+    It is kept in results-draws.jsonl beside results.csv. So a second table takes no time, and the
+    tables of a study can be made again without its scores, which are too large to publish.
+    """
+    path = Path(results).with_name(f"{Path(results).stem}-draws.jsonl")
+    known = {record["line"]: record for record in read_records(path)}
+    digests = [line_digest(line) for line in lines]
+    missing = [line for line, digest in zip(lines, digests) if digest not in known]
+    if missing and not scores_folder(results).is_dir():
+        return None
+    for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
+        known[line_digest(line)] = make_record(results, line)
+    if missing:
+        with atomic_write(path, text=True) as file:
+            file.writelines(json.dumps(record) + "\n" for record in known.values())
+    return [known[digest] for digest in digests]
+
+
+def read_records(path):
+    try:
+        return [json.loads(text) for text in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        fail(f"{path}: damaged: delete it, it is made again from the scores")
+
+
+def line_digest(line):
+    """Changes with the line and with the code of the bootstrap."""
+    made_from = json.dumps([line, code_digest("common/auc.py")], sort_keys=True)
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+def make_record(results, line):
+    """AUC under each bootstrap sample, in units of PRECISION; what was tested, and its groups."""
+    *tested, probabilities = read_scores(results, line)
+    images, labels, groups = tested
+    draws = auc.bootstrap(labels, probabilities, auc.sample_weights(labels, groups))
+    return {
+        "line": line_digest(line),
+        "tested": hashlib.sha256(b"".join(array.tobytes() for array in tested)).hexdigest()[:8],
+        "groups": len(np.unique(groups)),
+        "draws": np.rint(draws / PRECISION).astype(int).tolist(),
+    }
 
 
 def estimate(found, *names):
