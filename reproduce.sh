@@ -8,6 +8,7 @@ bash reproduce.sh                  the whole pipeline on toy CT made on the spot
 bash reproduce.sh --data DIR       the same rows on real CT
 bash reproduce.sh --test           the tests
 bash reproduce.sh --install        only installs
+bash reproduce.sh --study DIR      the study of results/study/plan.md on real CT, seed by seed over all rows; hours to days
 
 On first use it makes .venv and installs requirements.txt there (Python 3.11 or newer). With PYTHON=/path/to/python set
 it uses that Python as it is, for example one with PyTorch's CPU build, which spares 5 GB of CUDA libraries.
@@ -21,6 +22,7 @@ Stopped and started again, it goes on where it was; a step made by code that was
   --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64)
   --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
   --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
+  --jobs N           study: runs at a time, each on its share of the cores (default: 1)
 
 Rows (name | reduce.py | pretrain.py; # is any whole number; KEEP slices are as many as Hash-6 keeps):
 TEXT
@@ -66,6 +68,41 @@ ALL-c#-masked     | --strategy all                                      | --neig
 ALL-c#-random     | --strategy all                                      | --neighbours # --mask-negatives 6 --mask-random
 ALL-double        | --strategy all                                      | --batch-size 256 --loss-groups 2
 ALL-c#-double     | --strategy all                                      | --neighbours # --batch-size 256 --loss-groups 2'
+
+# The study: row | pre-training runs. Its evaluations: task | evaluate.py.
+study_rows='
+scratch                    | 12
+ALL                        | 12
+Hash-6                     | 8
+Random-matched             | 8
+ALL-masked                 | 8
+Clusters-6                 | 8
+ALL-c32                    | 6
+ALL-c32-masked             | 6
+ALL-c32-random             | 6
+ALL-c8                     | 6
+ALL-c8-masked              | 6
+ALL-double                 | 6
+ALL-c32-double             | 6
+EveryN                     | 3
+SSIM-budget                | 3
+MI-budget                  | 3
+Embedding-budget           | 3
+Redundant                  | 3
+ALL-steps-x0.5             | 4
+Hash-6-steps-x0.5          | 4
+Random-matched-steps-x0.5  | 4
+ALL-steps-x3               | 4
+Hash-6-steps-x3            | 4
+Random-matched-steps-x3    | 4
+Hash-6-steps-x0.146        | 4
+Random-matched-steps-x0.146| 4'
+study_evaluations='
+organ    | --label-share 0.01 0.1 1
+covid-ct | --folds 5 --repeats 10
+covid-ct |
+head-ct  | --folds 5 --repeats 10'
+study_steps=750
 default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
   Embedding-budget Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked Hash-6-steps Random-steps'
 
@@ -86,9 +123,8 @@ main() {
   once hash-6 run_reduce --strategy hash --threshold 6
   hash6=$out/slices/hash-6.csv
   keep=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["kept"])' "${hash6%.csv}.json")
-  if [[ "$rows" =~ -steps ]] || [[ -z $encoder && "$rows" =~ Embedding ]]; then pretrain_row ALL 0; fi
-  encoder=${encoder:-$out/runs/ALL-seed-0/encoder.pt}
-
+  if [ "$mode" = study ]; then study; exit; fi
+  if [[ "$rows" =~ -steps || "$rows" =~ Embedding ]]; then pretrain_row ALL 0; fi
   for row in $rows; do
     if [ "$row" = scratch ]; then evaluate_row scratch scratch; continue; fi
     encoders=()
@@ -107,10 +143,55 @@ main() {
   echo "Written to $out/tables.md and figure.svg; selections to look at: $out/slices/*.png"
 }
 
+# study: seed by seed over all rows, so that a study cut short is balanced. Lines of results.csv are not made again,
+# even where the run behind them is gone.
+study() {
+  local seed row runs
+  OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
+  export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
+  for ((seed = 0; seed < 12; seed++)); do
+    while IFS=' |' read -r row runs; do
+      if [ -z "$row" ] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
+      while (($(jobs -rp | wc -l) >= jobs)); do wait -n || stop "a run failed: see the last of $out/done/log-*.txt"; done
+      if [[ $row == Embedding* ]]; then pretrain_row ALL 0; fi
+      if [ "$row" != scratch ]; then select_row "${row%%-steps*}" "$seed"; fi
+      study_run "$row" "$seed" < /dev/null > "$out/done/log-$row-$seed.txt" 2>&1 &
+    done <<< "$study_rows"
+  done
+  wait
+}
+
+# study_run ROW SEED: pre-trains and evaluates; keeps the first and last line of the run's log.
+study_run() {
+  local encoder=scratch run=$out/runs/$1-seed-$2 task flags
+  if [ "$1" != scratch ]; then
+    pretrain_row "$1" "$2"
+    encoder=$run/encoder.pt
+  fi
+  while IFS='|' read -r task flags; do
+    task=${task// /}
+    if [ -z "$task" ]; then continue; fi
+    "$python" evaluate.py "$task" "$data/$task" --encoder "$encoder" --seeds $(($2 + 1)) --name "$1" \
+      --results "$out/results.csv" $evaluate_flags $flags
+  done <<< "$study_evaluations"
+  if [ "$1" != scratch ]; then
+    printf '{"row": "%s", "seed": %s, "first": %s, "last": %s}\n' "$1" "$2" \
+      "$(head -n 1 "$run/log.jsonl")" "$(tail -n 1 "$run/log.jsonl")" >> "$out/runs.jsonl"
+  fi
+}
+
+# is_evaluated ROW SEED: whether results.csv holds the six lines of a study's run.
+is_evaluated() {
+  [ -f "$out/results.csv" ] || return 1
+  [ "$(awk -F, -v row="$1" -v seed="$2" '$2 == row && $5 == seed' "$out/results.csv" | wc -l)" -ge 6 ]
+}
+
+select_row() { once "$(selection_key "$1" "$2")" run_reduce $(flags_of "$1" "$2" 2); }
+
 # pretrain_row ROW SEED: selects the row's slices and trains on them.
 pretrain_row() {
   local name=${1%%-steps*} flags
-  once "$(selection_key "$name" "$2")" run_reduce $(flags_of "$name" "$2" 2)
+  select_row "$name" "$2"
   flags=$(flags_of "$name" "$2" 3)
   case $1 in
     *-steps) flags="$flags --steps $(steps_of_all 1)" ;;
@@ -126,7 +207,7 @@ flags_of() {
   number=$(tr -dc '0-9' <<< "$1")
   line=$(line_of "$1")
   cut -d'|' -f"$3" <<< "$line" | sed -e "s/#/$number/g; s/KEEP/${keep:-}/; s/SEED/$2/" \
-    -e "s|HASH6|${hash6:-}|; s|ENCODER|${encoder:-}|"
+    -e "s|HASH6|${hash6:-}|; s|ENCODER|${encoder:-$out/runs/ALL-seed-0/encoder.pt}|"
 }
 
 # line_of ROW: its line of rows_table, where # stands for a whole number; empty for no row.
@@ -144,8 +225,8 @@ selection_of() { sed -n 's/.* -> //p' "$out/done/$(selection_key "$1" "$2").txt"
 
 # steps_of_all FACTOR: that many times the optimiser steps of ALL.
 steps_of_all() {
-  local steps
-  steps=$(sed -nE '1s/.*"steps": ([0-9]+).*/\1/p' "$out/runs/ALL-seed-0/log.jsonl")
+  local steps=$study_steps
+  if [ "$mode" != study ]; then steps=$(sed -nE '1s/.*"steps": ([0-9]+).*/\1/p' "$out/runs/ALL-seed-0/log.jsonl"); fi
   awk -v steps="$steps" -v factor="$1" 'BEGIN { printf "%.0f", steps * factor }'
 }
 
@@ -173,19 +254,21 @@ once() {
 }
 
 parse() {
-  mode=toy data='' out='' seeds='' encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$default_rows
+  mode=toy data='' out='' seeds='' jobs=1 encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$default_rows
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage; exit ;;
       --test | --install) mode=${1#--}; shift; continue ;;
-      --data | --out | --seeds | --rows | --embedding | --reduce | --pretrain | --evaluate)
+      --data | --study | --out | --seeds | --jobs | --rows | --embedding | --reduce | --pretrain | --evaluate)
         [ $# -gt 1 ] || stop "$1 needs a value" ;;
       *) stop "$1 is not an option" ;;
     esac
     case $1 in
       --data) mode=real data=$2 ;;
+      --study) mode=study data=$2 ;;
       --out) out=$2 ;;
       --seeds) seeds=$2 ;;
+      --jobs) jobs=$2 ;;
       --rows) rows=$2 ;;
       --embedding) encoder=$2 ;;
       --reduce) reduce_flags=$2 ;;
@@ -199,7 +282,8 @@ parse() {
     [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
   done
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
-  if [ "$mode" = real ]; then
+  [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"
+  if [ -n "$data" ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
   fi
@@ -232,7 +316,13 @@ prepare_data() {
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return
   fi
-  out=${out:-$PWD/results/$(basename "$data")} ct=$data/ct tasks='' seeds=${seeds:-1}
+  ct=$data/ct tasks='' seeds=${seeds:-1}
+  if [ "$mode" = study ]; then
+    out=${out:-$PWD/results/study} reduce_flags=${reduce_flags:---size 128}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 64 --optimizer adamw --warmup 0.1 --steps $study_steps}
+    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64}
+  fi
+  out=${out:-$PWD/results/$(basename "$data")}
   pretrain_flags=${pretrain_flags:---epochs 100 --warmup 0.1}
   for task in covid-ct organ head-ct; do
     if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi
