@@ -107,6 +107,8 @@ def check_is_slice(dataset):
     """Raise Unusable unless the DICOM header is that of one CT slice with a rescale to HU."""
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise Unusable("a DICOMDIR, not an image")
+    if not dataset:  # so pydicom answers where compressed pixels, or another element, have no end
+        raise Unusable("cut short, or damaged, inside of an element")
     modality = str(dataset.get("Modality") or "missing")
     if modality != "CT":
         raise Unusable(f"Modality is {modality[:16]}, not CT")
@@ -155,11 +157,10 @@ def check_has_pixels(dataset, file_size):
     pixels = dataset.get_item("PixelData", keep_deferred=True)
     if pixels.length == UNDEFINED_LENGTH or syntax.is_deflated:
         return
-    present = file_size - pixels.value_tell
-    if present < pixels.length:
-        values = dataset.Rows * dataset.Columns
-        present_values = present * values // pixels.length
-        raise Unusable(f"pixel data is cut short: {present_values} of {values} values")
+    values = dataset.Rows * dataset.Columns
+    present = (file_size - pixels.value_tell) // (dataset.BitsAllocated // 8)
+    if present < values:
+        raise Unusable(f"pixel data is cut short: {present} of {values} values")
 
 
 def numbers(dataset, keyword):
