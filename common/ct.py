@@ -100,10 +100,11 @@ def is_padding(stored, header):
 
 
 def scale_to_uint8(values, window=None):
-    """Values [height, width] -> uint8 of the same shape, rounded (paper: min-max of each slice, no window).
+    """Values of any shape -> uint8, from their minimum to their maximum, rounded.
 
-    window: (center, width) in HU clips to that window instead, the usual CT display, as an ablation.
-    A constant slice becomes 0.
+    Paper: min-max of each slice, no window. window: (center, width) in HU clips to that window
+    instead, the usual CT display, as an ablation. A constant slice becomes 0. Raises Unusable for
+    values that are not finite.
     """
     values = values.astype(np.float64)
     low, high = values.min(), values.max()
