@@ -21,7 +21,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from common import ct, volumes
+from common import ct, toy, volumes
 from common.dicom import read_header
 from common.store import read_lines
 
@@ -406,3 +406,10 @@ def test_all_files_that_pydicom_ships(tmp_path, run):
         except Exception:
             assert isinstance(read_header(os.path.join(folder, file)), str)
     assert {line.split(",")[3] for line in lines["slices"]} == by_hand
+
+
+def test_damaged_slices_are_used_or_listed(tmp_path, run):
+    """tests/fuzz.py does this with thousands of them."""
+    toy.write_cohort(tmp_path, patients=2, slices=3)
+    done = run("tests/fuzz.py", tmp_path, "--mutants", 30)
+    assert done.stdout.startswith("30 mutants: ")

@@ -170,6 +170,20 @@ def test_a_decoder_installed_since_is_noticed(write_dicom, here, monkeypatch, tm
     assert line in here(*command)
 
 
+def test_what_lies_beside_the_ct_is_counted_as_what_it_is(write_dicom, run, tmp_path):
+    for i in range(3):
+        tags = {"ImagePositionPatient": [0, 0, i]}
+        pixels = np.arange(256).reshape(16, 16) + i
+        write_dicom(tmp_path / "ct" / f"{i}.dcm", pixels, **tags)
+        tags |= {"Modality": "PT", "SeriesInstanceUID": "1.2.9"}
+        write_dicom(tmp_path / "ct" / f"pet{i}.dcm", pixels, **tags)
+    done = run("reduce.py", tmp_path / "ct", tmp_path / "out", *HASH)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("3 slices of 1 volumes; 3 files skipped, see ")
+    assert second == "  3 skipped: Modality is PT, not CT"
+    assert "warning" not in done.stderr
+
+
 def test_a_damaged_store_is_noticed(made, copied, stopped):
     data, array = made[0] / "ct", copied / "slices.npy"
     commands = [
