@@ -231,7 +231,7 @@ def most_skipped(skipped):
     if not skipped:
         return ""
     [(reason, _)] = Counter(reason for _, reason in skipped).most_common(1)
-    return f"; {count_files(len(skipped))} skipped, most: {reason}"
+    return f"; {count(len(skipped), 'file')} skipped, most: {reason}"
 
 
 def write_npy_header(file, n, size):
@@ -239,8 +239,8 @@ def write_npy_header(file, n, size):
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def count_files(n):
-    return "1 file" if n == 1 else f"{n} files"
+def count(n, noun):
+    return f"1 {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def report(store):
@@ -249,10 +249,11 @@ def report(store):
     What is odd in its volumes goes to stderr.
     """
     out = store.path.parent
-    left_out = f"{count_files(store.skipped)} skipped"
+    left_out = f"{count(store.skipped, 'file')} skipped"
     if store.skipped:
         left_out += f", see {out / 'skipped.csv'}"
-    print(f"{len(store.slices)} slices of {len(store.names)} volumes; {left_out}")
+    held = f"{count(len(store.slices), 'slice')} of {count(len(store.names), 'volume')}"
+    print(f"{held}; {left_out}")
 
     kinds = {}
     for line in read_lines(out / "skipped.csv"):
@@ -288,7 +289,7 @@ def report_new_decoders(data, out):
             decodable += len(same_reason)
     if decodable:
         print(
-            f"{count_files(decodable)} skipped then can be decoded now: to take them in, "
+            f"{count(decodable, 'file')} skipped then can be decoded now: to take them in, "
             f"delete {out} or give another OUT"
         )
 

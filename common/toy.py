@@ -23,27 +23,38 @@ HEIGHTS = (-40, 0, 40, 100, 200, 300, 460)
 CHEST_WIDTH = (48, 74, 104, 124, 133, 133, 124)  # half width of the chest's inside at HEIGHTS
 CHEST_FRONT = (58, 66, 88, 116, 138, 146, 136)  # from the spine to the breastbone
 
-# Painted in this order. Centre x, y, z; half axes; degrees; HU; HU gained by contrast agent.
-ORGANS = (
-    (0, -62, 110, 32, 64, 150, 0, -40, 0),  # fat between the lungs
-    (15, -76, 197, 62, 46, 58, 32, 48, 60),  # heart
-    (-4, -92, 196, 26, 19, 40, 25, 42, 160),
-    (34, -76, 206, 30, 15, 36, 38, 42, 160),
-    (-9, -76, 132, 16, 15, 55, 0, 42, 160),  # aorta
-    (25, -20, 248, 12, 12, 172, 0, 42, 160),
-    (0, -64, 136, 34, 11, 16, -10, 42, 160),  # pulmonary artery
-    (-1, -43, 50, 9, 9, 75, 0, -980, 0),  # windpipe
-    (-60, -58, 320, 70, 78, 105, 0, 58, 50),  # liver; from here on below the diaphragm
-    (92, -14, 305, 30, 50, 55, -22, 48, 70),  # spleen
-    (60, -78, 305, 44, 38, 62, -20, 25, 25),  # stomach and its gas
-    (62, -98, 300, 26, 12, 44, 0, -950, 0),
-    (60, 4, 372, 27, 31, 56, 35, 34, 150),  # kidneys
-    (-60, 4, 384, 27, 31, 56, -35, 34, 150),
-    (-12, -114, 400, 60, 12, 40, 4, 35, 20),  # colon and its gas
-    (-12, -117, 400, 45, 7, 30, 4, -900, 0),
-    (-24, -40, 345, 12, 11, 135, 0, 42, 110),  # vena cava
+# Ellipsoids, painted in this order: centre x, y, z; half axes; HU; HU gained by contrast agent.
+LUNGS = (
+    (68, -46, 135, 58, 92, 150, -850, 0),
+    (-68, -46, 135, 58, 92, 150, -850, 0),
 )
-LIVER = 8  # its index in ORGANS
+ORGANS = (
+    (0, -66, 110, 30, 60, 150, -60, 0),  # fat between the lungs
+    (14, -76, 197, 58, 46, 58, 48, 60),  # heart
+    (-4, -90, 196, 24, 19, 40, 42, 160),
+    (32, -72, 206, 26, 20, 36, 42, 160),
+    (-9, -76, 132, 16, 15, 55, 42, 160),  # aorta
+    (25, -20, 248, 12, 12, 172, 42, 160),
+    (0, -64, 136, 34, 11, 16, 42, 160),  # pulmonary artery
+    (-1, -43, 50, 9, 9, 75, -980, 0),  # windpipe
+    (-60, -58, 320, 70, 78, 95, 58, 50),  # liver
+    (88, -14, 305, 34, 48, 55, 48, 70),  # spleen
+    (56, -78, 305, 48, 38, 62, 25, 25),  # stomach and its gas
+    (60, -98, 300, 26, 12, 44, -950, 0),
+    (58, 0, 372, 26, 30, 56, 34, 150),  # kidneys
+    (-58, 0, 384, 26, 30, 56, 34, 150),
+    (-12, -114, 405, 60, 12, 40, 35, 20),  # colon and its gas
+    (-12, -117, 405, 45, 7, 30, -900, 0),
+    (-24, -40, 345, 12, 11, 135, 42, 110),  # vena cava
+)
+BONES = (
+    (0, 3, 210, 20, 16, 999, BONE, 0),  # vertebra and its marrow
+    (0, 3, 210, 17, 13, 999, 200, 0),
+    (0, 27, 210, 28, 9, 999, BONE, 0),
+    (0, 44, 210, 4, 13, 999, BONE, 0),
+    (0, 25, 210, 9, 8, 999, 25, 0),  # spinal canal
+    (0, -118, 125, 15, 7, 90, 300, 0),  # breastbone
+)
 # toy-organ's label is the index here; centre and half axes of where its crops are taken
 CLASSES = (
     (15, -76, 197, 65, 48, 58),  # heart
@@ -59,33 +70,36 @@ IMAGES_A_PATIENT = 15
 
 
 def make_patient(rng):
-    """One patient's build, organs, lung vessels, densities (HU) and noise (HU): a dict."""
-    organs = np.array(ORGANS, float)
-    organs[:, :3] += rng.normal(0, (2.5, 2.5, 5), (len(organs), 3))
-    organs[:, 3:6] *= rng.uniform(0.9, 1.1, (len(organs), 1))
-    organs[:, 7] += organs[:, 8] * rng.uniform(0, 1)
+    """One patient's build, ellipsoids, lung vessels and noise: a dict."""
     return {
         "scale": rng.uniform((0.88, 0.86, 0.9), 1.1),  # of x, y and z
-        "organs": organs,
-        "vessels": grow_vessels(rng),
         "fat": rng.uniform(6, 30),  # mm under the skin
-        "dome": rng.normal(245, 9),  # height of the diaphragm
-        "lung": rng.uniform(-880, -820),
-        "spine": rng.uniform(0, 27),  # mm by which the vertebrae are shifted
-        "noise": rng.uniform(10, 26),
         "waves": rng.uniform(0, 2 * np.pi, 2),
+        "contrast": rng.uniform(0, 1),
+        "lungs": vary(LUNGS, rng),
+        "organs": vary(ORGANS, rng),
+        "vessels": grow_vessels(rng),
+        "noise": rng.uniform(10, 26),  # HU
     }
 
 
-def grow_vessels(rng, branches=150, beads=60):
+def vary(ellipsoids, rng):
+    """The ellipsoids with their centres shifted by some mm and their axes stretched."""
+    ellipsoids = np.array(ellipsoids, float)
+    ellipsoids[:, :3] += rng.normal(0, (2.5, 2.5, 5), (len(ellipsoids), 3))
+    ellipsoids[:, 3:6] *= rng.uniform(0.9, 1.1, (len(ellipsoids), 1))
+    return ellipsoids
+
+
+def grow_vessels(rng, branches=120, beads=60):
     """Lung vessels as beads on branches from each hilum, ever thinner: [N, 4], x, y, z, radius."""
     side = np.where(np.arange(branches) % 2, 1, -1)
     hilum = np.stack([38 * side, np.full(branches, -49), np.full(branches, 138)], 1)
-    heading = rng.normal(0, (60, 45, 75), (branches, 3)) + np.outer(side, [35, 0, 0])
-    far = np.linspace(0.1, 1, beads)[:, None, None]
-    wiggle = 6 * np.sin(4 * far + rng.uniform(0, 6, (branches, 3)))
-    path = hilum + far * heading + far * wiggle
-    radius = np.broadcast_to(4.5 - 3.5 * far, (beads, branches, 1))
+    reach = rng.normal(0, (50, 45, 80), (branches, 3)) + np.outer(side, [35, 0, 0])
+    along = np.linspace(0.1, 1, beads)[:, None, None]
+    wave = 6 * np.sin(4 * along + rng.uniform(0, 6, (branches, 3)))
+    path = hilum + along * (reach + wave)
+    radius = np.broadcast_to(4 - 3 * along, (beads, branches, 1))
     return np.concatenate([path, radius], 2).reshape(-1, 4)
 
 
@@ -109,37 +123,16 @@ def render(patient, z, x, y):
     paint(image, rounded_box(grid, wall + fat, front + 11 + fat, 66 + fat), FAT, pixel)
     paint(image, rounded_box(grid, wall, front + 11, 64), MUSCLE, pixel)
     paint(image, inside, FAT, pixel)
-
-    from_top = np.abs(grid[0]) - 70  # of each of the diaphragm's two domes
-    slope = 0.02 * np.maximum(from_top, -0.45 * from_top) ** 2 + 0.01 * (grid[1] + 70) ** 2
-    above = 0.4 * (patient["dome"] + slope - z)
-    if z > 0:
-        apex = 55 * max(0, 1 - z / 60) ** 2  # mm by which the lung is narrower than the chest
-        lung_hu = patient["lung"] + vessel_hu(patient["vessels"], z, x, y)
-        paint(image, np.minimum(inside - 3 - apex, above), lung_hu, pixel)
-    for i, (x0, y0, z0, a, b, c, degrees, hu, _) in enumerate(patient["organs"]):
-        if abs(z - z0) < 0.98 * c:
-            cut = np.sqrt(1 - abs((z - z0) / c) ** 3)  # blunt ends: long ones are tubes
-            within = inside if i < LIVER else np.minimum(inside, 1 - above)
-            organ = ellipse(grid, x0, y0, a * cut, b * cut, degrees)
-            paint(image, np.minimum(organ, within), hu, pixel)
-    for bone, hu in bones(z, (z + patient["spine"]) % 27 / 27, width, front):
-        paint(image, ellipse(grid, *bone), hu, pixel)
+    # ribs: parts of the chest's wall that move along it from slice to slice
+    around = np.arctan2(grid[1] + 50, np.abs(grid[0]))
+    ribs = np.minimum(4 - np.abs(inside + 6), 30 * np.cos(9 * around + z / 8))
+    paint(image, ribs, BONE, pixel)
+    paint_ellipsoids(image, grid, patient["lungs"], z, 0, inside - 3, pixel)
+    in_lung = (image < -600) & (inside > 0)
+    image += in_lung * vessel_hu(patient["vessels"], z, x, y)
+    paint_ellipsoids(image, grid, patient["organs"], z, patient["contrast"], inside, pixel)
+    paint_ellipsoids(image, grid, BONES, z, 0, np.inf, pixel)
     return image
-
-
-def paint(image, margin, hu, pixel):
-    """Set HU in place where `margin`, mm to an edge, is positive; partly over a pixel at edges."""
-    image += np.clip(margin / pixel + 0.5, 0, 1) * (hu - image)
-
-
-def ellipse(grid, x, y, a, b, degrees=0):
-    """mm to the edge of an ellipse, positive inside: [H, W]."""
-    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    right, back = grid[0] - x, grid[1] - y
-    u = (right * cos + back * sin) / a
-    v = (back * cos - right * sin) / b
-    return (1 - np.sqrt(u**2 + v**2)) * min(a, b)
 
 
 def rounded_box(grid, width, front, back):
@@ -149,6 +142,21 @@ def rounded_box(grid, width, front, back):
     return (1 - (u**2 + v**2 + 1.3 * u * v) ** 0.25) * min(width, (front + back) / 2)
 
 
+def paint_ellipsoids(image, grid, ellipsoids, z, contrast, within, pixel):
+    """Paint the ellipsoids where `within`, mm to an edge, is positive."""
+    for x, y, middle, a, b, c, hu, gain in ellipsoids:
+        if abs(z - middle) < 0.98 * c:
+            cut = np.sqrt(1 - abs((z - middle) / c) ** 3)  # blunt ends: long ones are tubes
+            distance = np.hypot((grid[0] - x) / a, (grid[1] - y) / b)
+            margin = (cut - distance) * min(a, b)
+            paint(image, np.minimum(margin, within), hu + gain * contrast, pixel)
+
+
+def paint(image, margin, hu, pixel):
+    """Set HU in place where `margin`, mm to an edge, is positive; partly over a pixel at edges."""
+    image += np.clip(margin / pixel + 0.5, 0, 1) * (hu - image)
+
+
 def vessel_hu(vessels, z, x, y):
     """HU that vessels add to the lung, [H, W]: a sum of Gaussian beads, saturated."""
     bead_x, bead_y, bead_z, radius = vessels[np.abs(vessels[:, 2] - z) < 1.5 * vessels[:, 3]].T
@@ -156,28 +164,6 @@ def vessel_hu(vessels, z, x, y):
     along = weight * np.exp(-(((y - bead_y) / radius) ** 2))
     across = np.exp(-(((x[:, None] - bead_x) / radius) ** 2))
     return 860 * (1 - np.exp(-along @ across.T))
-
-
-def bones(z, level, width, front):
-    """Ellipses (x, y, half axes, degrees) of bone and their HU; level: 0 to 1 along a vertebra."""
-    yield (0, 3, 19, 16), 0.4 * BONE
-    if level > 0.2:  # not a disc
-        yield (0, 3, 19, 16), BONE
-        yield (0, 3, 16, 13), 0.4 * BONE
-        yield (0, 28, 34 * np.sin(np.pi * level), 8), BONE
-        yield (0, 44, 4, 13), BONE
-    yield (0, 25, 9, 8), 25  # spinal canal
-    if 35 < z < 215:  # breastbone
-        yield (0, 2 - front, 15, 7), 0.6 * BONE
-    half = (front + 36) / 2
-    for rib in range(12):
-        along = (z - 24 * rib + 14) / (70 + 9 * min(rib, 7))  # a rib slopes down
-        if 0.02 < along < (1 if rib < 10 else 0.55):  # 0 at the spine, 1 in front
-            angle = np.radians(66 - 140 * along)
-            x, y = (width + 5) * np.cos(angle), 36 - half + (half + 5) * np.sin(angle)
-            turn = np.degrees(np.arctan2(half * np.cos(angle), -width * np.sin(angle)))
-            for side in (-1, 1):
-                yield (side * x, y, 14, 5, side * turn), BONE
 
 
 def add_noise(image, sigma, rng):

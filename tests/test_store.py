@@ -179,7 +179,7 @@ def test_what_lies_beside_the_ct_is_counted_as_what_it_is(write_dicom, run, tmp_
         write_dicom(tmp_path / "ct" / f"pet{i}.dcm", pixels, **tags)
     done = run("reduce.py", tmp_path / "ct", tmp_path / "out", *HASH)
     first, second = done.stdout.splitlines()[:2]
-    assert first.startswith("3 slices of 1 volumes; 3 files skipped, see ")
+    assert first.startswith("3 slices of 1 volume; 3 files skipped, see ")
     assert second == "  3 skipped: Modality is PT, not CT"
     assert "warning" not in done.stderr
 
