@@ -183,8 +183,9 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, r
 
 def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
     """Deflated, or without a PhotometricInterpretation, or with something after the pixels."""
+    smooth = np.add.outer(np.arange(24), np.arange(20)) // 4  # much smaller when deflated
     for i, name in enumerate(["plain", "deflated", "photometric", "trailing"]):
-        write_dicom(tmp_path / name, PIXELS, ImagePositionPatient=[0, 0, i])
+        write_dicom(tmp_path / name, smooth, ImagePositionPatient=[0, 0, i])
     dataset = pydicom.dcmread(tmp_path / "deflated")
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     dataset.save_as(tmp_path / "deflated", enforce_file_format=True)
