@@ -1,4 +1,4 @@
-"""Worker processes: as many as cores, results in order, memory bounded, gone when the main process is."""
+"""Worker processes: results in order, memory bounded, gone when the main process is."""
 
 import os
 import signal
@@ -18,8 +18,10 @@ AHEAD = 32  # jobs in work, or done and waiting for their turn
 
 
 def worker_pool(workers):
-    """A pool of processes, as many as there are cores by default; each computes in one thread, or they would fight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """A pool of processes of one thread each: `workers`, or as many as there are cores if None."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     try:
         return ProcessPoolExecutor(workers or cores, initializer=start_worker)
     except OSError as error:  # its locks lie in shared memory
@@ -29,24 +31,25 @@ def worker_pool(workers):
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    simplefilter(
-        "ignore"
-    )  # of pydicom about odd headers: they quote values, and what cannot be used is listed
+    # pydicom's about odd headers quote values, and what cannot be used is listed anyway
+    simplefilter("ignore")
     threadpool_limits(1)
-    np.empty(
-        2**24, np.uint8
-    )  # once freed, glibc keeps the memory of smaller arrays instead of giving it back each time
+    # once this is freed, glibc keeps the memory of smaller arrays for the next slice
+    np.empty(2**24, np.uint8)
 
 
 def end_with_parent(parent):
-    """End this process soon after the one that started it was killed; it would wait for work for ever."""
+    """End this process once its parent was killed; else it would wait for work for ever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def in_order(pool, work, jobs):
-    """Yield work(job) of every job, in order, worked on in the pool; only so many at a time that memory stays bounded."""
+    """Yield work(job) of every job, in order, computed in the pool.
+
+    Only some jobs are handed out at a time, so that memory stays bounded.
+    """
     running = deque()
     try:
         for job in jobs:
@@ -57,5 +60,6 @@ def in_order(pool, work, jobs):
             yield running.popleft().result()
     except BrokenProcessPool:
         fail(
-            "a worker process was killed, most likely for want of memory: try again with --workers 1"
+            "a worker process was killed, most likely for want of memory: "
+            "try again with --workers 1"
         )

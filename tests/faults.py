@@ -24,6 +24,7 @@ from common import toy  # noqa: E402
 
 TIMES = {
     "seconds",
+    "mtime_ns",
     "images_per_second",
     "waiting",
     "command",

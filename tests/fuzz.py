@@ -1,4 +1,4 @@
-"""Damages real CT slices at random and looks whether reduce.py lists every one, without a crash or a wait.
+"""Damages CT slices at random: reduce.py must use or list every one, without a crash or a wait.
 
 python tests/fuzz.py DICOM_DIR --mutants 10000
 """
@@ -24,151 +24,123 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import ct, dicom  # noqa: E402
 
-NASTY = [
-    b"",
-    b"\0",
-    b"nan",
-    b"-1e999",
-    b"1\\2",
-    b"\\",
-    b"\xff\xfe",
-    b"9" * 64,
-    b"-01.024000E+03",
-    b"MONOCHROME1",
-    b"MR",
-    b'\n\r,"',
-]
-
-
-def forms(dataset, number):
-    """The slice as (suffix, bytes), with an instance and a position of its own, in one of four encodings."""
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.{number + 1}"
-    dataset.ImagePositionPatient = [0, 0, number * 0.5]
-    stream, kind = io.BytesIO(), number % 8
-    if kind == 5:
-        Image.fromarray(ct.scale_to_uint8(dataset.pixel_array)).save(
-            stream, "PNG" if number % 16 == 5 else "JPEG"
-        )
-        return ".png" if number % 16 == 5 else ".jpg", stream.getvalue()
-    if kind == 6:
-        dataset = pydicom.dcmread(dataset.filename)
-        dataset.compress(RLELossless)
-    if kind == 7:
-        dataset = pydicom.dcmread(dataset.filename)
-        Image.fromarray(dataset.pixel_array.astype(np.uint16)).save(
-            stream, "JPEG2000", no_jp2=True, irreversible=False
-        )
-        dataset.PixelData, dataset.file_meta.TransferSyntaxUID = (
-            encapsulate([stream.getvalue()]),
-            JPEG2000Lossless,
-        )
-        dataset["PixelData"].VR, stream = "OB", io.BytesIO()
-    dataset.SOPInstanceUID = f"1.2.{number + 1}"
-    dataset.save_as(stream, enforce_file_format=True)
-    return ".dcm", stream.getvalue()
-
-
-def damage(data, rng):
-    """1 to 4 faults: bytes changed, cut out, doubled or put in, mostly in the header, or the end lost."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 5)):
-        place = (
-            int(rng.integers(min(len(data), 3000) if rng.random() < 0.85 else len(data)))
-            if data
-            else 0
-        )
-        length = int(rng.integers(1, 9))
-        match rng.integers(7):
-            case 0 | 1:
-                data[place : place + length] = rng.bytes(length)
-            case 2:
-                data[place : place + 1] = (
-                    bytes([data[place] ^ (1 << int(rng.integers(8)))]) if data else b""
-                )
-            case 3:
-                del data[place : place + length]
-            case 4:
-                data[place:place] = data[place : place + 10 * length]
-            case 5:
-                data[place : place + length] = NASTY[rng.integers(len(NASTY))]
-            case 6:
-                del data[place if rng.random() < 0.3 else len(data) - length * 50 :]
-    return bytes(data)
-
-
-def mutants(source, folder, first, count, seed):
-    """Write `count` damaged slices into folder; the same seed and numbers give the same bytes."""
-    files = sorted(
-        file
-        for file in Path(source).rglob("*")
-        if file.is_file() and isinstance(dicom.read_header(file), dicom.Header)
-    )
-    for number in range(first, first + count):
-        rng = np.random.default_rng([seed, number])
-        suffix, data = forms(pydicom.dcmread(files[rng.integers(len(files))]), number)
-        (folder / f"{number:06}{suffix}").write_bytes(damage(data, rng))
-
-
-def slowest(folder):
-    """Seconds of the slowest file, read in this process; stops at one that takes over 5 s."""
-    worst = 0.0
-    for file in folder.iterdir():
-        started = time.perf_counter()
-        try:
-            ct.read_slice(file)
-        except ct.Unusable:
-            pass
-        worst = max(worst, time.perf_counter() - started)
-        if worst > 5:
-            raise SystemExit(f"{file.name}: {worst:.0f} s")
-    return worst
-
-
-def reduced(folder, out):
-    """Run reduce.py on folder: [(file, reason, or "" for a slice)]; raises unless it ends well and lists every file once."""
-    done = subprocess.run(
-        [sys.executable, "reduce.py", folder, out, "--strategy", "hash", "--size", "32"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"reduce.py failed on {folder}:\n{done.stderr[-2000:]}")
-    found = []
-    for name in ("slices", "skipped"):
-        with open(
-            out / f"{name}.csv", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file:
-            found += [(line["file"], line.get("reason", "")) for line in csv.DictReader(file)]
-    if sorted(file for file, _ in found) != sorted(file.name for file in folder.iterdir()):
-        raise SystemExit(f"{folder}: files and lists differ")
-    return found
+A_RUN = 500  # mutants for one run of reduce.py
+SLOW = 5  # seconds that no file may take
+NASTY = (b"", b"\0", b"nan", b"-1e999", b"1\\2", b"\\", b"\xff\xfe", b"9" * 64, b"MR", b'\n\r,"')
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, metavar="DICOM_DIR")
     parser.add_argument("--mutants", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    kinds, worst = Counter(), 0.0
-    for first in range(0, args.mutants, 500):
+    files = sorted(file for file in args.source.rglob("*") if is_slice(file))
+    if not files:
+        raise SystemExit(f"{args.source}: holds no DICOM slice")
+    reasons = Counter()
+    slowest = 0.0
+    for first in range(0, args.mutants, A_RUN):
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work, "mutants")
             folder.mkdir()
-            mutants(args.source, folder, first, min(500, args.mutants - first), args.seed)
-            worst = max(worst, slowest(folder))
-            kinds.update(
-                re.sub(r"\d+", "N", reason)[:70] or "used"
-                for _, reason in reduced(folder, Path(work, "out"))
-            )
-        print(
-            f"{kinds.total()} mutants: {kinds['used']} used, slowest file {worst:.2f} s", flush=True
-        )
-    for reason, count in kinds.most_common(25):
+            for number in range(first, min(first + A_RUN, args.mutants)):
+                write_mutant(files, folder, number, args.seed)
+            slowest = max(slowest, *(seconds_to_read(file) for file in folder.iterdir()))
+            for reason in reduced(folder, Path(work, "out")):
+                reasons[re.sub(r"\d+", "N", reason)[:70]] += 1
+        print(f"{reasons.total()} mutants: {reasons['used']} used, slowest file {slowest:.2f} s")
+    for reason, count in reasons.most_common(25):
         print(f"{count:6} {reason}")
+
+
+def is_slice(file):
+    return file.is_file() and isinstance(dicom.read_header(file), dicom.Header)
+
+
+def write_mutant(files, folder, number, seed):
+    """Write a damaged slice in one of five encodings; the same seed and number, the same bytes."""
+    rng = np.random.default_rng([seed, number])
+    dataset = pydicom.dcmread(files[rng.integers(len(files))])
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.{number + 1}"
+    dataset.ImagePositionPatient = [0, 0, number * 0.5]
+    encoding = ("PNG", "JPEG", "RLE", "JPEG2000", "native", "native", "native")[number % 7]
+    suffix = f".{encoding.lower()}" if encoding in ("PNG", "JPEG") else ".dcm"
+    data = damage(encode(dataset, encoding), rng)
+    (folder / f"{number:06}{suffix}").write_bytes(data)
+
+
+def encode(dataset, encoding):
+    """The bytes of a slice as a PNG, a JPEG, or a DICOM file with such pixels."""
+    stream = io.BytesIO()
+    if encoding in ("PNG", "JPEG"):
+        Image.fromarray(ct.scale_to_uint8(dataset.pixel_array)).save(stream, encoding)
+        return stream.getvalue()
+    if encoding == "RLE":
+        dataset.compress(RLELossless, generate_instance_uid=False)
+    if encoding == "JPEG2000":
+        image = Image.fromarray(dataset.pixel_array.astype(np.uint16))
+        pixels = io.BytesIO()
+        image.save(pixels, "JPEG2000", no_jp2=True, irreversible=False)
+        dataset.PixelData = encapsulate([pixels.getvalue()])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    dataset.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def damage(data, rng):
+    """1 to 4 faults, mostly in the header: bytes changed, cut out, doubled, put in, or cut off."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        reach = min(len(data), 3000) if rng.random() < 0.85 else len(data)
+        start = int(rng.integers(reach + 1))
+        length = int(rng.integers(1, 9))
+        fault = rng.choice(["change", "change", "flip", "cut", "double", "nasty", "end"])
+        if fault == "change":
+            data[start : start + length] = rng.bytes(length)
+        elif fault == "flip" and start < len(data):
+            data[start] ^= 1 << int(rng.integers(8))
+        elif fault == "cut":
+            del data[start : start + length]
+        elif fault == "double":
+            data[start:start] = data[start : start + 10 * length]
+        elif fault == "nasty":
+            data[start : start + length] = NASTY[rng.integers(len(NASTY))]
+        elif fault == "end":
+            del data[start if rng.random() < 0.3 else len(data) - length * 50 :]
+    return bytes(data)
+
+
+def seconds_to_read(file):
+    """Seconds to read the file, in this process; stops where they are too many."""
+    started = time.perf_counter()
+    try:
+        ct.read_slice(file)
+    except ct.Unusable:
+        pass
+    seconds = time.perf_counter() - started
+    if seconds > SLOW:
+        raise SystemExit(f"{file.name}: {seconds:.0f} s")
+    return seconds
+
+
+def reduced(folder, out):
+    """Why reduce.py skipped each file of the folder, or "used"; stops if one is not listed."""
+    command = [sys.executable, "reduce.py", folder, out, "--strategy", "hash", "--size", "32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"reduce.py failed on {folder}:\n{done.stderr[-2000:]}")
+    listed = []
+    reasons = []
+    for name in ("slices", "skipped"):
+        with open(out / f"{name}.csv", newline="") as file:
+            for line in csv.DictReader(file):
+                listed.append(line["file"])
+                reasons.append(line.get("reason", "used"))
+    if sorted(listed) != sorted(file.name for file in folder.iterdir()):
+        raise SystemExit(f"{folder}: files and lists differ")
+    return reasons
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 import json
 import resource
-import shutil
 import signal
 import subprocess
 from functools import partial
 
 import faults
-import numpy as np
 import pytest
 import torch
 
@@ -66,76 +64,6 @@ def store(tmp_path_factory, run):
     for strategy in ("hash", "ssim"):
         run("reduce.py", folder / "ct", folder / "out", "--strategy", strategy, "--size", 32)
     return folder
-
-
-def test_folders_that_reduce_cannot_use(store, stopped, tmp_path):
-    (tmp_path / "file").touch()
-    shutil.copytree(store / "ct", tmp_path / "other" / "ct")
-    (tmp_path / "other" / "ct" / "more").touch()
-
-    def line(data, out):
-        return stopped("reduce.py", data, out, "--strategy", "hash", "--size", 32)
-
-    assert "no such folder" in line(tmp_path / "none", tmp_path / "o")
-    assert "Not a directory" in line(store / "ct", tmp_path / "file" / "o")
-    assert "File exists" in line(store / "ct", tmp_path / "file")
-    assert "lies inside" in line(store / "ct", store / "ct" / "o")
-    assert "lies inside" in line(tmp_path / "other" / "ct", tmp_path / "other")
-    assert "was made from other input" in line(tmp_path / "other" / "ct", store / "out")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("no image")
-    assert "no CT slice found; 1 files skipped, most: not a DICOM file" in line(
-        tmp_path / "text", tmp_path / "o"
-    )
-    assert not (tmp_path / "o").exists()
-
-
-def edit(text, row, *cells):
-    lines = text.splitlines()
-    lines[row] = ",".join(cells)
-    return "\n".join(lines) + "\n"
-
-
-@pytest.mark.parametrize(
-    "name, harm, words",
-    [
-        ("hash-6", lambda text: text.replace("kept", "keep", 1), "needs the columns row and kept"),
-        ("hash-6", lambda text: edit(text, 3, "2", "yes", "0", "1"), "in whole numbers"),
-        ("hash-6", lambda text: edit(text, 3, "2", "2", "0", "1"), "row 2: kept must be 0 or 1"),
-        ("hash-6", lambda text: edit(text, 3, "7", "1", "0", "1"), "must list the rows 0 to"),
-        ("hash-6", lambda text: text + "99999,1,0,0\n", "must list the rows 0 to"),
-        ("hash-6", lambda text: text + "9" * 30 + ",1,0,0\n", "in whole numbers"),
-        ("hash-6", lambda text: "\n".join(text.splitlines()[:-1]), "must list the rows 0 to"),
-        ("hash-6", lambda text: text.replace(",1,", ",0,"), "keeps no slice"),
-        ("hash-6", lambda text: "", "needs the columns row and kept"),
-        ("hash-6", lambda text: edit(text, 3, "2", "1", "99999", "0"), "another store"),
-    ],
-)
-def test_a_selection_that_was_edited_wrongly_is_refused(
-    store, stopped, tmp_path, name, harm, words
-):
-    shutil.copytree(store / "out", tmp_path / "out")
-    path = tmp_path / "out" / f"{name}.csv"
-    path.write_text(harm(path.read_text()))
-    assert words in stopped("pretrain.py", path, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_selection_of_another_store_is_refused(store, stopped, tmp_path, run):
-    """Of as many slices: hash selections are known by their bits, the others by the .json beside them."""
-    shutil.copytree(store / "ct", tmp_path / "ct")
-    first = sorted((tmp_path / "ct").rglob("*.dcm"))[0]
-    data = bytearray(first.read_bytes())
-    data[-20000:] = np.random.default_rng(0).integers(0, 8, 20000, np.uint8).tobytes()
-    first.write_bytes(data)
-    run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "every-n", "--size", 32)
-    shutil.copy(store / "out" / "hash-6.csv", tmp_path / "out")
-    for ending in ("csv", "json"):
-        shutil.copy(store / "out" / f"ssim-0.7.{ending}", tmp_path / "out")
-    for name in ("hash-6", "ssim-0.7"):
-        assert "was made for another store" in stopped(
-            "pretrain.py", tmp_path / "out" / f"{name}.csv", tmp_path / "run"
-        )
 
 
 def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):

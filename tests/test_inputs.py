@@ -1,4 +1,7 @@
-"""Hard inputs: each is read right, or skipped with a reason that is true. Every file ends as a slice or as a skipped one."""
+"""Hard inputs: each is read right, or skipped with a reason that is true.
+
+Every file ends as a slice or as a skipped one.
+"""
 
 import io
 import os
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLSLossless,
@@ -17,8 +21,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from common import ct, volumes
+from common import ct, toy, volumes
 from common.dicom import read_header
+from common.store import read_lines
 
 PIXELS = np.random.default_rng(0).integers(0, 4000, (24, 20))
 
@@ -40,7 +45,7 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize(
-    "tags, words",
+    "tags, message",
     [
         ({"Modality": "MR"}, "Modality is MR, not CT"),
         ({"Modality": "PT"}, "Modality is PT, not CT"),
@@ -59,35 +64,35 @@ def outcome(folder):
         ({"PixelData": None}, "has no pixel data"),
         ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels"),
         ({"Rows": 0}, "0 x 20 pixels"),
-        ({"Rows": 25}, "pixels cannot be decoded"),
+        ({"Rows": 25}, "pixel data is cut short: 480 of 500 values"),
+        ({"BitsStored": None}, "pixels cannot be decoded"),
     ],
 )
-def test_a_dicom_file_that_is_no_ct_slice(tmp_path, write_dicom, tags, words):
+def test_a_dicom_file_that_is_no_ct_slice(tmp_path, write_dicom, tags, message):
     write_dicom(tmp_path / "bad.dcm", PIXELS, **tags)
     slices, reasons, _ = outcome(tmp_path)
-    assert not slices and words in reasons["bad.dcm"]
+    assert not slices and message in reasons["bad.dcm"]
 
 
 @pytest.mark.parametrize("value", [b"abcd", b"nan ", b"inf ", b"-1.0", b"    ", b"0\\1 "])
 def test_a_rescale_that_is_no_number_is_never_guessed(tmp_path, write_dicom, value):
     write_dicom(tmp_path / "bad.dcm", PIXELS, RescaleSlope="1.25")
-    whole = (tmp_path / "bad.dcm").read_bytes()
-    assert whole.count(b"1.25") == 1
-    (tmp_path / "bad.dcm").write_bytes(whole.replace(b"1.25", value))
+    complete = (tmp_path / "bad.dcm").read_bytes()
+    assert complete.count(b"1.25") == 1
+    (tmp_path / "bad.dcm").write_bytes(complete.replace(b"1.25", value))
     reason = outcome(tmp_path)[1]["bad.dcm"]
     assert "does not give HU" in reason or "cannot be brought to HU" in reason
 
 
 def test_files_that_are_something_else(tmp_path, write_dicom):
     write_dicom(tmp_path / "good.dcm", PIXELS)
-    whole = (tmp_path / "good.dcm").read_bytes()
+    complete = (tmp_path / "good.dcm").read_bytes()
     (tmp_path / "empty.dcm").touch()
     (tmp_path / "notes.dcm").write_text("no image, but long enough to be read as one" * 10)
     Image.fromarray(PIXELS.astype(np.uint8)).save(tmp_path / "png.dcm", "PNG")
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.dcm").write_bytes(
-        whole[:-100]
-    )  # the same instance as good.dcm, and first, but of no use
+    # the same instance as good.dcm, and first, but of no use
+    (tmp_path / "cut.dcm").write_bytes(complete[:-100])
     (tmp_path / "gone").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     directory = pydicom.Dataset()
@@ -96,8 +101,8 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
     directory.file_meta.MediaStorageSOPInstanceUID = "1.2"
     directory.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     directory.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
-    for length in range(100, len(whole) - 2 * PIXELS.size, 50):
-        (tmp_path / f"header{length}.dcm").write_bytes(whole[:length])
+    for length in range(100, len(complete) - 2 * PIXELS.size, 50):
+        (tmp_path / f"header{length}.dcm").write_bytes(complete[:length])
     slices, reasons, _ = outcome(tmp_path)
     assert list(slices) == ["good.dcm"]
     expected = {
@@ -110,8 +115,8 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
         "pipe": "not a regular file",
         "DICOMDIR": "a DICOMDIR",
     }
-    for file, words in expected.items():
-        assert words in reasons[file]
+    for file, message in expected.items():
+        assert message in reasons[file]
 
 
 def compressed(path, syntax, data):
@@ -155,31 +160,50 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, r
     Image.fromarray(smooth).save(stream, "JPEG", quality=100)
     compressed(tmp_path / "ct" / "jpeg", JPEGBaseline8Bit, stream.getvalue())
     dataset = pydicom.dcmread(tmp_path / "ct" / "j2k")
-    dataset.Rows, dataset.SOPInstanceUID, dataset.ImagePositionPatient = (
-        12,
-        "1.9",
-        [0, 0, 9],
-    )  # less than its stream says
-    dataset.SeriesInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.9"
+    dataset.Rows = 12  # less than its stream says
+    dataset.ImagePositionPatient = [0, 0, 9]
+    dataset.SOPInstanceUID = dataset.SeriesInstanceUID = "1.9"
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.9"
     dataset.save_as(tmp_path / "ct" / "larger", enforce_file_format=True)
+    rle = (tmp_path / "ct" / "rle").read_bytes()
+    (tmp_path / "ct" / "rle cut").write_bytes(rle[:-100])
     for name in ("jls1", "jls2"):
         compressed(tmp_path / "ct" / name, JPEGLSLossless, b"\xff\xd8\xff\xf7\0\0")
     slices, reasons, _ = outcome(tmp_path / "ct")
-    assert (slices["rle"] == slices["plain"]).all() and (slices["j2k"] == slices["plain"]).all()
+    assert (slices["rle"] == slices["plain"]).all()
+    assert (slices["j2k"] == slices["plain"]).all()
     assert np.abs(slices["jpeg"].astype(int) - ct.scale_to_uint8(smooth)).max() <= 8
     assert "decompression bomb" in reasons.pop("larger")
-    assert (
-        reasons.keys() == {"jls1", "jls2"}
-        and "pip install pylibjpeg pylibjpeg-libjpeg" in reasons["jls1"]
-    )
+    assert "cut short" in reasons.pop("rle cut")
+    assert reasons.keys() == {"jls1", "jls2"}
+    assert "pip install pylibjpeg pylibjpeg-libjpeg" in reasons["jls1"]
     shown = run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "hash").stdout
     assert shown.count("pip install") == 1 and "2 skipped: JPEG-LS" in shown
 
 
+def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
+    """Deflated, or without a PhotometricInterpretation, or with something after the pixels."""
+    smooth = np.add.outer(np.arange(24), np.arange(20)) // 4  # much smaller when deflated
+    for i, name in enumerate(["plain", "deflated", "photometric", "trailing"]):
+        write_dicom(tmp_path / name, smooth, ImagePositionPatient=[0, 0, i])
+    dataset = pydicom.dcmread(tmp_path / "deflated")
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "deflated", enforce_file_format=True)
+    dataset = pydicom.dcmread(tmp_path / "photometric")
+    del dataset.PhotometricInterpretation
+    dataset.save_as(tmp_path / "photometric", enforce_file_format=True)
+    dataset = pydicom.dcmread(tmp_path / "trailing")
+    dataset.DataSetTrailingPadding = b"\0" * 1000
+    dataset.save_as(tmp_path / "trailing", enforce_file_format=True)
+    slices, reasons, _ = outcome(tmp_path)
+    assert not reasons
+    assert all((slice8 == slices["plain"]).all() for slice8 in slices.values())
+
+
 def series(write_dicom, folder, n=5, **tags):
     for i in range(n):
-        place = {"ImagePositionPatient": [0, 0, 2.5 * i], "InstanceNumber": n - i, **tags}
-        write_dicom(folder / f"{i}.dcm", PIXELS + i, **place)
+        geometry = {"ImagePositionPatient": [0, 0, 2.5 * i], "InstanceNumber": n - i, **tags}
+        write_dicom(folder / f"{i}.dcm", PIXELS + i, **geometry)
 
 
 def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
@@ -202,7 +226,7 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
 
 
 @pytest.mark.parametrize(
-    "harm, words",
+    "harm, message",
     [
         (
             {3: {"ImagePositionPatient": None}},
@@ -227,12 +251,12 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
         ({2: {"InstanceNumber": 99}}, None),
     ],
 )
-def test_broken_geometry_is_warned_of(tmp_path, write_dicom, harm, words):
+def test_broken_geometry_is_warned_of(tmp_path, write_dicom, harm, message):
     for i in range(6):
-        place = {"ImagePositionPatient": [0, 0, 2.5 * i], "InstanceNumber": i} | harm.get(i, {})
-        write_dicom(tmp_path / f"{5 - i}.dcm", PIXELS, **place)
+        geometry = {"ImagePositionPatient": [0, 0, 2.5 * i], "InstanceNumber": i} | harm.get(i, {})
+        write_dicom(tmp_path / f"{5 - i}.dcm", PIXELS, **geometry)
     slices, reasons, warnings = outcome(tmp_path)
-    assert not reasons and (words in " ".join(warnings) if words else not warnings)
+    assert not reasons and (message in " ".join(warnings) if message else not warnings)
     if "SeriesInstanceUID" not in harm.get(2, {}):
         assert list(slices) == [f"{5 - i}.dcm" for i in range(6)]
 
@@ -293,7 +317,7 @@ def test_values_that_are_not_finite_are_refused():
 def test_sizes_from_1_to_4096_and_constant_slices(
     tmp_path, write_dicom, run, monkeypatch, strategy
 ):
-    """One-slice series each, but for two constant slices: alike by every measure (SSIM and MI of constants are 1)."""
+    """One-slice series each, but for two constant slices, which are alike by every measure."""
     monkeypatch.setenv("PYTHONWARNINGS", "error::RuntimeWarning")
     for i, side in enumerate([1, 2, 16, 4096]):
         ramp = np.add.outer(np.arange(side), np.arange(side)) % 4000
@@ -328,19 +352,19 @@ def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
         "-flag",
     ]
     for i, name in enumerate(names):
-        place = {
+        geometry = {
             "ImagePositionPatient": [0, 0, i],
             "PatientName": secret,
             "PatientBirthDate": "19010203",
             "PatientID": secret,
         }
-        write_dicom(tmp_path / "ct" / f"{name} dir" / name, PIXELS + 100 * i, **place)
+        write_dicom(tmp_path / "ct" / f"{name} dir" / name, PIXELS + 100 * i, **geometry)
     write_dicom(
         tmp_path / "ct" / "bad", PIXELS, PatientName=secret, PatientID=secret, RescaleSlope=None
     )
-    whole = (tmp_path / "ct" / "bad").read_bytes()
-    for i in range(200, len(whole), 60):
-        (tmp_path / "ct" / f"cut {i}").write_bytes(whole[:i])
+    complete = (tmp_path / "ct" / "bad").read_bytes()
+    for i in range(200, len(complete), 60):
+        (tmp_path / "ct" / f"cut {i}").write_bytes(complete[:i])
     (tmp_path / "ct" / "circle").symlink_to(".", target_is_directory=True)
     (tmp_path / "ct" / "knot").symlink_to("knot")
     done = run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "hash")
@@ -350,8 +374,6 @@ def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
     assert all(
         word not in text + done.stdout + done.stderr for word in (secret, "Geheim", "19010203")
     )
-    from common.store import read_lines
-
     listed = [
         line["file"]
         for name in ("slices", "skipped")
@@ -363,7 +385,7 @@ def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
 
 
 def test_all_files_that_pydicom_ships(tmp_path, run):
-    """Over 200 files, many broken on purpose: the 12 single-frame CT slices with a rescale are used, the others listed."""
+    """Over 200, many broken on purpose: the 12 single-frame CT slices with a rescale are used."""
     folder = os.path.join(os.path.dirname(pydicom.__file__), "data")
     files = [file for file, _, _ in volumes.list_files(folder)]
     run("reduce.py", folder, tmp_path / "out", "--strategy", "hash")
@@ -385,3 +407,10 @@ def test_all_files_that_pydicom_ships(tmp_path, run):
         except Exception:
             assert isinstance(read_header(os.path.join(folder, file)), str)
     assert {line.split(",")[3] for line in lines["slices"]} == by_hand
+
+
+def test_damaged_slices_are_used_or_listed(tmp_path, run):
+    """tests/fuzz.py does this with thousands of them."""
+    toy.write_cohort(tmp_path, patients=2, slices=3)
+    done = run("tests/fuzz.py", tmp_path, "--mutants", 30)
+    assert done.stdout.startswith("30 mutants: ")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +9,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from common import ct, reduction, similarity, toy
+from common import reduction, similarity, toy
 from common.encoder import load_encoder
-from common.files import exclusive
 from common.tasks import leaks, load_task, split_of
 
 ROOT = Path(__file__).parent.parent
@@ -39,105 +35,6 @@ def made(tmp_path_factory, run):
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_reduce_writes_the_contract(made):
-    folder, cut, stdout = made
-    store = folder / "store"
-    slices, rows, selection = (
-        np.load(store / "slices.npy"),
-        table(store / "slices.csv"),
-        table(store / "hash-6.csv"),
-    )
-    files = list((folder / "ct").rglob("*.dcm"))
-    assert slices.shape == (len(files) - 1, 32, 32) and slices.dtype == np.uint8
-    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"] and len(rows) == len(
-        slices
-    )
-    assert list(selection[0]) == ["row", "kept", "representative", "similarity"] and len(
-        selection
-    ) == len(slices)
-    [skipped] = table(store / "skipped.csv")
-    assert (
-        skipped["file"] == cut.relative_to(folder / "ct").as_posix()
-        and "pixel data" in skipped["reason"]
-    )
-    assert "1 file skipped" in stdout
-    hashes = [imagehash.hex_to_hash(row["dhash"]) for row in rows]
-    for row, line in zip(rows, selection):
-        representative = int(line["representative"])
-        assert (
-            row["volume"] == rows[representative]["volume"]
-            and selection[representative]["kept"] == "1"
-        )
-        assert int(line["similarity"]) == hashes[int(row["row"])] - hashes[representative] <= 6
-        assert (line["kept"] == "1") == (representative == int(line["row"]))
-        assert row["dhash"] == str(
-            imagehash.dhash(Image.fromarray(ct.read_slice(folder / "ct" / row["file"])))
-        )
-    for volume in {row["volume"] for row in rows}:
-        assert np.all(
-            np.diff([float(row["position"]) for row in rows if row["volume"] == volume]) > 0
-        )
-    summary = json.loads((store / "hash-6.json").read_text())
-    assert summary["slices"] == len(slices) and summary["kept"] == sum(
-        line["kept"] == "1" for line in selection
-    )
-    assert "TOY" not in "".join(
-        file.read_text() for file in store.glob("*.[cj]s*")
-    )  # no patient's name
-    assert Image.open(store / "hash-6.png").width > 1000
-
-
-def test_the_store_is_reused_and_a_changed_ct_folder_is_noticed(made, run):
-    folder, _, _ = made
-    before = (folder / "store" / "slices.npy").stat().st_mtime_ns
-    done = run(
-        "reduce.py",
-        folder / "ct",
-        folder / "store",
-        "--strategy",
-        "random",
-        "--keep",
-        0.3,
-        "--size",
-        32,
-    )
-    assert (
-        "headers" not in done.stderr
-        and (folder / "store" / "slices.npy").stat().st_mtime_ns == before
-    )
-    kept = json.loads((folder / "store" / "random-keep-0.3.json").read_text())
-    assert abs(kept["kept"] - 0.3 * kept["slices"]) <= 0.5
-    for changed in (["--size", 48], ["--size", 32, "--window", 40, 400]):
-        done = run(
-            "reduce.py", folder / "ct", folder / "store", "--strategy", "all", *changed, ok=False
-        )
-        assert "was made from other input" in done.stderr and "Traceback" not in done.stderr
-    extra = folder / "ct" / "extra.txt"
-    extra.write_text("new")
-    done = run(
-        "reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32, ok=False
-    )
-    extra.unlink()
-    assert "files of DATA" in done.stderr
-
-
-def test_the_number_of_workers_changes_no_byte(made, run):
-    folder, _, _ = made
-    run(
-        "reduce.py",
-        folder / "ct",
-        folder / "store1",
-        "--strategy",
-        "hash",
-        "--size",
-        32,
-        "--workers",
-        1,
-    )
-    for name in ("slices.npy", "slices.csv", "skipped.csv", "hash-6.csv", "hash-6.png"):
-        assert (folder / "store1" / name).read_bytes() == (folder / "store" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -393,39 +290,6 @@ def test_bad_input_gets_one_line(tmp_path, stopped, command, words):
 def test_an_error_is_one_line_and_no_traceback(tmp_path, run):
     done = run("reduce.py", tmp_path / "none", tmp_path / "o", "--strategy", "hash", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_a_damaged_store_is_noticed(made, run, stopped, tmp_path):
-    shutil.copytree(made[0] / "store", tmp_path / "store")
-    whole = (tmp_path / "store" / "slices.npy").read_bytes()
-    for harm in (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], whole[:-1], b""):
-        (tmp_path / "store" / "slices.npy").write_bytes(harm)
-        assert "damaged" in stopped(
-            "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
-        )
-        assert "damaged" in stopped(
-            "reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32
-        )
-    for harm in ("", "{", "[]"):
-        (tmp_path / "store" / "store.json").write_text(harm)
-        assert "damaged" in stopped(
-            "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
-        )
-        assert "damaged" in stopped(
-            "reduce.py", made[0] / "ct", tmp_path / "store", "--strategy", "hash", "--size", 32
-        )
-    (tmp_path / "store" / "store.json").unlink()  # as in a store made by hand
-    assert "not an array of slices" in stopped(
-        "pretrain.py", tmp_path / "store" / "hash-6.csv", tmp_path / "run", *TINY
-    )
-
-
-def test_a_second_run_in_the_same_folder_stops(made, stopped):
-    with exclusive(made[0] / "store"):
-        assert "another run" in stopped(
-            "reduce.py", made[0] / "ct", made[0] / "store", "--strategy", "hash", "--size", 32
-        )
-    assert not (made[0] / "store" / ".lock").exists()
 
 
 def test_ctrl_c_ends_with_one_line(made, tmp_path):
