@@ -9,13 +9,14 @@ from common import hashing, reduction
 
 
 def slow_greedy(hashes, threshold):
-    """The rule in the plainest words, on imagehash's own objects: [(kept, [what goes with it])]."""
-    remaining, found = list(enumerate(hashes)), []
+    """The rule in the plainest words, on imagehash's own objects: [(kept, [its slices])]."""
+    remaining = list(enumerate(hashes))
+    found = []
     while remaining:
         first, kept = remaining[0]
-        gone = [i for i, h in remaining if h - kept <= threshold]
-        found.append((first, gone))
-        remaining = [(i, h) for i, h in remaining if i not in gone]
+        represented = [i for i, h in remaining if h - kept <= threshold]
+        found.append((first, represented))
+        remaining = [(i, h) for i, h in remaining if i not in represented]
     return found
 
 
@@ -75,11 +76,19 @@ def test_baselines_keep_what_the_budget_says():
     counts = reduction.share_out(sizes, 0.1)
     assert counts.sum() == 40 and (counts >= 1).all() and (np.abs(counts - sizes * 0.1) <= 1).all()
     for n, count in zip(sizes, counts):
-        for chosen in (
-            reduction.select_evenly(n, count),
-            reduction.select_random(n, count, np.random.default_rng(0)),
-        ):
+        evenly = reduction.select_evenly(n, count)
+        at_random = reduction.select_random(n, count, np.random.default_rng(0))
+        for chosen in (evenly, at_random):
             kept = np.flatnonzero(chosen == np.arange(n))
             assert len(kept) == count
             assert all(abs(i - chosen[i]) == np.abs(i - kept).min() for i in range(n))
     assert reduction.select_every(10, 4).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+
+
+def test_a_budget_is_kept_to_the_slice_when_many_volumes_are_tiny():
+    """Every volume keeps one, so the long ones give up what the tiny ones take too much."""
+    sizes = np.array([1] * 30 + [200, 300] + [2] * 20)
+    for budget in (52, 53, 60, 100, 570):
+        counts = reduction.share_out(sizes, budget / sizes.sum())
+        assert counts.sum() == budget
+        assert (1 <= counts).all() and (counts <= sizes).all()
