@@ -5,6 +5,8 @@ Reads every slice of DATA once into a slice store in OUT, then writes which slic
     python reduce.py DATA OUT --strategy hash --threshold 6     # the paper's best: OUT/hash-6.csv
     python reduce.py DATA OUT --strategy ssim --keep 0.1        # the threshold that keeps a tenth
     python reduce.py DATA OUT --strategy random --keep 857      # the baseline at Hash-6's budget
+    python reduce.py DATA OUT --strategy random --like OUT/hash-6.csv   # the same in every volume
+    python reduce.py compare OUT/hash-6.csv OUT/random-keep-857.csv     # how much they agree
 
 strategy   similar, so that one of the two goes, when      default T
 hash       at most T of the 64 bits of dHash differ        6       the paper's best
@@ -13,6 +15,8 @@ mi         normalised mutual information is at least T     0.45    the same
 embedding  the cosine of ResNet features is at least T     0.997   the same, for encoders of
                                                                    pretrain.py; for others --keep
 every-n    (every T-th slice stays)                        8       ours
+random     (slices drawn at random stay)                   -       --keep or --like
+redundant  (the slices most similar to others stay)        -       ours: the opposite pole of hash
 
 DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder
 of <volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses
@@ -22,6 +26,7 @@ the store.
 import argparse
 import csv
 import json
+import sys
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,16 +40,19 @@ from common.files import atomic_write, code_digest, exclusive, fail, run_script,
 from common.hashing import hamming
 from common.pictures import contact_sheet
 from common.similarity import MEASURES, RADIUS
-from common.store import check_folders, open_or_build_store
+from common.store import check_folders, open_or_build_store, read_selection
 from common.workers import in_order, worker_pool
 
-BASELINES = ["all", "every-n", "random"]
+BASELINES = ["all", "every-n", "random", "redundant"]
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}
 CODE = ["reduce.py", "common/reduction.py", "common/hashing.py", "common/similarity.py"]
 EMBEDDING_CODE = ["common/encoder.py", "common/simclr.py"]  # it decides the features
 
 
 def main():
+    if sys.argv[1:2] == ["compare"]:
+        compare(parse_compare().selections)
+        return
     args = parse_args()
     check_folders(args.data, args.out)
     with exclusive(args.out):
@@ -62,11 +70,13 @@ def main():
             "select": selected - stored,
             "write": time.perf_counter() - selected,
         }
-        write_summary(args, name, threshold, store, kept, seconds)
+        dose = reduction.expected_dose(store.hashes[kept], store.volume_index[kept])
+        write_summary(args, name, threshold, store, kept, dose, seconds)
     found = f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%})"
     if args.keep is not None and threshold is not None:
         found += f" by threshold {threshold}, which comes closest to {args.keep:g}"
     print(f"{found} -> {args.out / name}.csv")
+    print(f"  dose {dose:.3g}: near-duplicates that a kept slice meets in a shuffled batch of 128")
 
 
 def parse_args():
@@ -82,7 +92,14 @@ def parse_args():
         "--keep",
         type=float,
         help="budget instead of a threshold: up to 1 a share of the slices (1 keeps all), from 2 "
-        "on a number of slices (default of random: 0.1)",
+        "on a number of slices (default of random and redundant: 0.1)",
+    )
+    add(
+        "--like",
+        type=Path,
+        metavar="SELECTION.csv",
+        help="for random, every-n and redundant: keep as many slices of each volume as this "
+        "selection in OUT",
     )
     add(
         "--scope",
@@ -108,11 +125,11 @@ def parse_args():
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args()
     check_flags(args)
-    if args.strategy == "random" and args.keep is None:
+    if args.strategy in ("random", "redundant") and args.keep is None and args.like is None:
         args.keep = 0.1
     if args.keep is not None and args.keep > 1:
         args.keep = int(args.keep)
-    if args.keep is None and args.threshold is None:
+    if args.keep is None and args.threshold is None and args.like is None:
         args.threshold = DEFAULT_THRESHOLDS.get(args.strategy)
     if args.strategy in ("hash", "every-n") and args.threshold is not None:
         args.threshold = int(args.threshold)
@@ -121,12 +138,15 @@ def parse_args():
 
 def check_flags(args):
     """Stop with one line at flags that do not fit together."""
-    if args.threshold is not None and args.keep is not None:
-        fail("--threshold and --keep exclude each other: give one")
+    given = [args.threshold is not None, args.keep is not None, args.like is not None]
+    if sum(given) > 1:
+        fail("--threshold, --keep and --like exclude each other: give one")
     if args.threshold is not None and args.strategy == "all":
         fail("--strategy all has no threshold")
-    if args.threshold is not None and args.strategy == "random":
-        fail("--strategy random has no threshold: use --keep")
+    if args.threshold is not None and args.strategy in ("random", "redundant"):
+        fail(f"--strategy {args.strategy} has no threshold: use --keep or --like")
+    if args.like is not None:
+        check_like(args)
     if args.keep is not None and args.strategy == "all":
         fail("--strategy all keeps every slice: --keep needs another strategy")
     if args.keep is not None and not 0 < args.keep <= 1 and not is_count(args.keep, 2):
@@ -143,12 +163,26 @@ def check_flags(args):
             "--scope dataset is for all, every-n, random, hash and embedding: "
             f"{args.strategy} would take too long"
         )
+    if args.strategy == "redundant" and args.scope == "dataset":
+        fail("--scope dataset: redundant looks for similar slices within a volume")
     if args.strategy == "ssim" and args.size < 2 * RADIUS + 1:
         fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
     if (args.strategy == "embedding") != (args.encoder is not None):
         fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
+
+
+def check_like(args):
+    """Stop with one line at a --like that cannot be matched."""
+    if args.strategy not in ("random", "every-n", "redundant"):
+        fail(f"--like is for random, every-n and redundant, not for {args.strategy}")
+    if args.scope == "dataset":
+        fail("--like counts the slices of each volume: it does not go with --scope dataset")
+    if not args.like.is_file():
+        fail(f"--like {args.like}: no such selection: make it first")
+    if args.like.resolve().parent != args.out.resolve():
+        fail(f"--like {args.like}: belongs to another store than {args.out}")
 
 
 def is_count(value, least):
@@ -183,7 +217,10 @@ def select(args, store):
 
 
 def by_baseline(args, store, groups):
-    """all, every-n and random: (representative row, bits of dHash that differ) of every row."""
+    """A strategy that knows how many slices stay.
+
+    Returns (representative row, bits of dHash that differ) of every row.
+    """
     rng = np.random.default_rng(args.seed)
     found = []
     for rows, count in zip(groups, counts_to_keep(args, groups)):
@@ -192,6 +229,8 @@ def by_baseline(args, store, groups):
             representative = np.arange(n)
         elif args.strategy == "random":
             representative = reduction.select_random(n, count, rng)
+        elif args.strategy == "redundant":
+            representative = reduction.select_redundant(store.hashes[rows], count)
         elif args.threshold is not None:
             representative = reduction.select_every(n, args.threshold)
         else:
@@ -288,7 +327,13 @@ def check_budget(args, store, groups):
 
 
 def counts_to_keep(args, groups):
-    """How many slices each group keeps at --keep, int [groups]; all of them without --keep."""
+    """How many slices each group keeps at --keep or --like, int [groups]; all of them without."""
+    if args.like is not None:
+        kept = read_selection(args.like).kept
+        counts = np.array([np.isin(rows, kept).sum() for rows in groups])
+        if (counts == 0).any():
+            fail(f"--like {args.like}: keeps no slice of {(counts == 0).sum()} volumes")
+        return counts
     sizes = np.array([len(rows) for rows in groups])
     share = 1 if args.keep is None else args.keep
     if isinstance(args.keep, int):
@@ -320,13 +365,15 @@ def select_to_budget(args, store, groups, select_at):
 
 
 def selection_name(args, threshold):
-    """hash-6, every-n-8, random-keep-0.1, hash-6-dataset, ...: the settings that tell selections of
-    one store apart."""
+    """hash-6, random-keep-0.1, random-like-hash-6, hash-6-dataset, ...: the settings that tell
+    selections of one store apart."""
     name = args.strategy
     if isinstance(args.keep, int):
         name += f"-keep-{args.keep}"
     elif args.keep is not None:
         name += f"-keep-{args.keep:g}"
+    elif args.like is not None:
+        name += f"-like-{args.like.stem}"
     elif threshold is not None:
         name += f"-{threshold:g}"
     if args.strategy == "random" and args.seed:
@@ -353,11 +400,13 @@ def write_picture(path, name, store, representative):
         contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
 
 
-def write_summary(args, name, threshold, store, kept, seconds):
+def write_summary(args, name, threshold, store, kept, dose, seconds):
     """NAME.json: settings, counts, seconds by stage, and the code and versions that made it."""
     settings = dict(vars(args))
     for key in ("data", "out", "workers"):
         del settings[key]
+    if args.like is not None:
+        settings["like"] = args.like.stem
     volumes = {
         volume: {"slices": len(rows), "kept": int(kept[rows].sum())}
         for volume, rows in zip(store.names, store.volumes)
@@ -368,6 +417,7 @@ def write_summary(args, name, threshold, store, kept, seconds):
         "settings": settings | {"threshold": threshold},
         "slices": len(kept),
         "kept": int(kept.sum()),
+        "dose": round(dose, 6),
         "skipped": store.skipped,
         "store": store_digest(args.out),
         "volumes": volumes,
@@ -382,6 +432,50 @@ def write_summary(args, name, threshold, store, kept, seconds):
 def store_digest(out):
     """What a selection records of its store: the checksum of slices.csv."""
     return json.loads((out / "store.json").read_text())["crc32"]["slices.csv"]
+
+
+# --- Comparison.
+
+
+def parse_compare():
+    parser = argparse.ArgumentParser(prog="reduce.py compare", description=compare.__doc__)
+    parser.add_argument(
+        "selections", type=Path, nargs="+", metavar="SELECTION.csv", help="written by reduce.py"
+    )
+    return parser.parse_args(sys.argv[2:])
+
+
+def compare(paths):
+    """How much selections of one store agree: what each keeps and its dose, and the Jaccard index
+    of the kept slices of every pair (1: the same slices, 0: none in common), as Markdown."""
+    for path in paths:
+        if path.resolve().parent != paths[0].resolve().parent:
+            fail(f"{path}: belongs to another store than {paths[0]}")
+    selections = [read_selection(path) for path in paths]
+
+    print("| selection | slices | share | share of a volume, min to max | dose |")
+    print("|---|---|---|---|---|")
+    for path, selection in zip(paths, selections):
+        store = selection.store
+        kept = selection.kept
+        shares = [np.isin(rows, kept).mean() for rows in store.volumes]
+        dose = reduction.expected_dose(store.hashes[kept], store.volume_index[kept])
+        print(
+            f"| {path.stem} | {len(kept)} | {len(kept) / len(store.slices):.1%} "
+            f"| {min(shares):.1%} to {max(shares):.1%} | {dose:.2f} |"
+        )
+
+    print()
+    print(f"| Jaccard | {' | '.join(path.stem for path in paths)} |")
+    print("|---" * (len(paths) + 1) + "|")
+    for path, selection in zip(paths, selections):
+        row = [f"{jaccard(selection.kept, other.kept):.2f}" for other in selections]
+        print(f"| {path.stem} | {' | '.join(row)} |")
+
+
+def jaccard(a, b):
+    """Share of the rows in either set that are in both."""
+    return len(np.intersect1d(a, b)) / len(np.union1d(a, b))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Which slices stay: the greedy rule, the baselines, and budgets.
+"""Which slices stay: the greedy rule, the baselines, budgets, and the dose that is left.
 
 Everything here works on one group of slices in z order (a volume, or the whole data set) and finds,
 for each slice, the index of the kept slice that stands for it (its representative); a kept slice
 stands for itself. Knows nothing of files, DICOM or training.
 """
 
+import math
 from itertools import cycle
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from common.hashing import hamming, hash_index
 from common.similarity import cosine, unit_length
 
+NEAR_DUPLICATE = 6  # bits of dHash that differ at most: the paper's best threshold
+BATCH = 128  # slices: the paper's, for which the dose is given
 INDEXED = 4096  # slices from which on the hash index is faster than comparing all
 BLOCK = 256  # embeddings compared with all others by one matrix product
 
@@ -135,6 +138,20 @@ def select_random(n, count, rng):
     return nearest_kept(n, np.sort(rng.choice(n, count, replace=False)))
 
 
+def select_redundant(hashes, count):
+    """Keep the `count` slices most similar to the others of their volume: the opposite of greedy.
+
+    First those with the most near-duplicates; of equally many, those with the fewest bits of
+    difference to all others; then in z order. hashes: uint64 [n], of one volume. Our choice, after
+    SAS (Joshi and Mirzasoleiman, ICML 2023): for contrastive learning the examples most similar to
+    others matter most.
+    """
+    near = near_duplicates(hashes)
+    bits = np.array([hamming(one, hashes).sum() for one in hashes])
+    most_similar_first = np.lexsort((bits, -near))  # equal ones stay in z order
+    return nearest_kept(len(hashes), np.sort(most_similar_first[:count]))
+
+
 def nearest_kept(n, kept):
     """Representatives of n slices when the sorted indices `kept` stay: the nearest along z, the
     lower one on a tie."""
@@ -196,3 +213,30 @@ def search_threshold(count, groups, total, target, guess):
             kept_high = kept.get(high, total)
             step = float(np.log(target / kept[low]) / np.log(kept_high / kept[low]))
         guess = round(low + (high - low) * min(max(step, 0.05), 0.95), 8)
+
+
+# --- The dose: what the paper's hypothesis is about.
+
+
+def near_duplicates(hashes):
+    """How many of the other slices of a volume differ from each in at most 6 bits of dHash.
+
+    hashes: uint64 [n] -> int [n].
+    """
+    within = [np.count_nonzero(hamming(one, hashes) <= NEAR_DUPLICATE) for one in hashes]
+    return np.array(within) - 1  # itself
+
+
+def expected_dose(hashes, volumes):
+    """Near-duplicates that a kept slice meets among the others of its batch, on average.
+
+    hashes, volumes: dHash and number of the volume of the kept slices, [n]. Only slices of the same
+    volume count. Batches as pretrain.py makes them: a uniformly shuffled order of the kept slices,
+    cut into as many near-equal batches of up to 128 as it takes. Our measure.
+    """
+    n = len(hashes)
+    if n < 2:
+        return 0.0
+    near = sum(near_duplicates(hashes[volumes == volume]).sum() for volume in np.unique(volumes))
+    batch = n / math.ceil(n / BATCH)
+    return float(near / n * (batch - 1) / (n - 1))

@@ -213,6 +213,71 @@ def test_a_budget_is_a_share_up_to_1_and_a_number_of_slices_from_2(made, selecte
             assert summary["settings"]["keep"] == float(budget)
 
 
+def test_random_every_n_and_redundant_keep_as_many_of_each_volume_as_another(made, selected):
+    store = made[0] / "store"
+    given = set(kept_rows(table(store / "hash-6.csv")))
+    kept = {}
+    for strategy in ("random", "every-n", "redundant"):
+        name = f"{strategy}-like-hash-6"
+        flags = ["--strategy", strategy, "--like", store / "hash-6.csv"]
+        selection, summary = selected(name, *flags)
+        kept[strategy] = kept_rows(selection)
+        for rows in rows_by_volume(store).values():
+            here = given.intersection(rows)
+            stay = np.intersect1d(kept[strategy], rows)
+            assert len(stay) == len(here)
+            for row in rows:
+                nearest = min(stay, key=lambda other: (abs(other - row), other))
+                assert int(selection[row]["representative"]) == nearest
+        assert summary["settings"]["like"] == "hash-6"
+    assert len({tuple(rows) for rows in kept.values()} | {tuple(sorted(given))}) == 4
+    flags = ["--strategy", "random", "--seed", 3, "--like", store / "hash-6.csv"]
+    seed_3, _ = selected("random-like-hash-6-seed-3", *flags)
+    assert len(kept_rows(seed_3)) == len(given) and kept_rows(seed_3) != kept["random"]
+
+
+def test_every_selection_says_its_dose(made, selected):
+    store = made[0] / "store"
+    hashes = hashes_of(store)
+    volumes = np.empty(len(hashes), int)
+    for number, rows in enumerate(rows_by_volume(store).values()):
+        volumes[rows] = number
+    doses = {}
+    for strategy in ("hash", "random", "redundant"):
+        selection, summary = selected(f"{strategy}-keep-0.5", "--strategy", strategy, "--keep", 0.5)
+        kept = kept_rows(selection)
+        doses[strategy] = summary["dose"]
+        expected = reduction.expected_dose(hashes[kept], volumes[kept])
+        assert doses[strategy] == pytest.approx(expected, abs=1e-6)
+    assert doses["hash"] < doses["random"] < doses["redundant"]
+    assert summary_of(store / "hash-6.json")["dose"] == 0
+
+
+def test_compare_prints_what_selections_share(made, selected, here, stopped, tmp_path):
+    store = made[0] / "store"
+    selected("all", "--strategy", "all")
+    _, summary = selected("every-n-3", "--strategy", "every-n", "--threshold", 3)
+    selected("every-n-6", "--strategy", "every-n", "--threshold", 6)
+    names = ["all", "every-n-3", "every-n-6"]
+    printed = here("reduce.py", "compare", *(store / f"{name}.csv" for name in names))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    share = summary["kept"] / summary["slices"]
+    volume_shares = [volume["kept"] / volume["slices"] for volume in summary["volumes"].values()]
+    assert cells[3] == [
+        "every-n-3",
+        str(summary["kept"]),
+        f"{share:.1%}",
+        f"{min(volume_shares):.1%} to {max(volume_shares):.1%}",
+        f"{summary['dose']:.2f}",
+    ]
+    sets = [set(kept_rows(table(store / f"{name}.csv"))) for name in names]
+    assert cells[6] == ["Jaccard", *names]
+    for name, mine, row in zip(names, sets, cells[8:], strict=True):
+        assert row == [name, *(f"{len(mine & other) / len(mine | other):.2f}" for other in sets)]
+    other = tmp_path / "other" / "all.csv"
+    assert "another store" in stopped("reduce.py", "compare", store / "all.csv", other)
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [
@@ -229,12 +294,37 @@ def test_a_budget_is_a_share_up_to_1_and_a_number_of_slices_from_2(made, selecte
         (["--strategy", "hash", "--keep", 0], "not a share"),
         (["--strategy", "random", "--keep", 2], "each of the 3 volumes keeps at least one"),
         (["--strategy", "random", "--keep", 9999], "there are only"),
+        (["--strategy", "redundant", "--threshold", 3], "use --keep"),
+        (["--strategy", "redundant", "--scope", "dataset"], "within a volume"),
+        (["--strategy", "hash", "--like", "{store}/hash-6.csv"], "not for hash"),
+        (["--strategy", "random", "--like", "{store}/hash-6.csv", "--keep", 5], "exclude each"),
+        (["--strategy", "random", "--like", "{store}/hash-5.csv"], "no such selection"),
+        (["--strategy", "random", "--like", "{store}/../other/a.csv"], "another store"),
+        (["--strategy", "random", "--like", "{store}/empty.csv"], "keeps no slice of 2 volumes"),
+        (
+            ["--strategy", "random", "--like", "{store}/hash-6.csv", "--scope", "dataset"],
+            "does not go with --scope dataset",
+        ),
     ],
 )
 def test_wrong_flags_of_reduce_get_one_line(made, stopped, tmp_path, monkeypatch, flags, line):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
-    assert line in stopped("reduce.py", made[0] / "ct", made[0] / "store", "--size", 32, *flags)
+    store = made[0] / "store"
+    write_selection_of_one_volume(store)
+    flags = [str(flag).format(store=store) for flag in flags]
+    assert line in stopped("reduce.py", made[0] / "ct", store, "--size", 32, *flags)
+
+
+def write_selection_of_one_volume(store):
+    """store/empty.csv keeps slice 0 alone; other/a.csv lies elsewhere."""
+    summary = summary_of(store / "hash-6.json")
+    (store / "empty.json").write_text(json.dumps(summary))
+    lines = ["row,kept,representative,similarity"]
+    lines += [f"{row},{int(row == 0)},0,0" for row in range(summary["slices"])]
+    (store / "empty.csv").write_text("\n".join(lines))
+    (store / "../other").mkdir(exist_ok=True)
+    (store / "../other/a.csv").touch()
 
 
 def test_the_benchmark_of_reduce_runs(tmp_path, monkeypatch, capsys):

@@ -92,3 +92,39 @@ def test_a_budget_is_kept_to_the_slice_when_many_volumes_are_tiny():
         counts = reduction.share_out(sizes, budget / sizes.sum())
         assert counts.sum() == budget
         assert (1 <= counts).all() and (counts <= sizes).all()
+
+
+def test_redundant_keeps_those_with_the_most_near_duplicates():
+    """Ranked by a plain double loop over all pairs of a volume in which the same slice comes twice,
+    so that z order decides too."""
+    rng = np.random.default_rng(0)
+    bits = np.tile(random_walk(60, rng), (2, 1))
+    hashes = np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
+    differ = [[int((a != b).sum()) for b in bits] for a in bits]
+    near = [sum(d <= 6 for d in row) - 1 for row in differ]
+    assert reduction.near_duplicates(hashes).tolist() == near and len(set(near)) < 60
+    ranked = sorted(range(120), key=lambda i: (-near[i], sum(differ[i]), i))
+    for count in (1, 7, 30, 119):
+        representative = reduction.select_redundant(hashes, count)
+        kept = np.flatnonzero(representative == np.arange(120))
+        assert kept.tolist() == sorted(ranked[:count])
+        assert all(abs(i - representative[i]) == np.abs(i - kept).min() for i in range(120))
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 128, 129, 300])
+def test_the_dose_is_what_shuffled_batches_hold(n):
+    """Counted in 400 shuffled epochs by a plain double loop over each batch."""
+    rng = np.random.default_rng(n)
+    hashes = np.packbits(random_walk(n, rng), axis=1).view(">u8").ravel().astype(np.uint64)
+    volumes = np.arange(n) * 3 // n
+    bits = [[int(a ^ b).bit_count() for b in hashes] for a in hashes]
+    near = np.array(
+        [[volumes[i] == volumes[j] and bits[i][j] <= 6 for j in range(n)] for i in range(n)]
+    )
+    met = 0
+    for _ in range(400):
+        for batch in np.array_split(rng.permutation(n), -(-n // 128)):
+            met += near[np.ix_(batch, batch)].sum() - len(batch)  # less each with itself
+    dose = reduction.expected_dose(hashes, volumes)
+    assert dose == pytest.approx(met / 400 / n, rel=0.02)
+    assert (dose > 1) == (n > 2)
