@@ -74,7 +74,7 @@ def main():
         write_summary(args, name, threshold, store, kept, dose, seconds)
     found = f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%})"
     if args.keep is not None and threshold is not None:
-        found += f" by threshold {threshold}, which comes closest to {args.keep:g}"
+        found += f" by threshold {threshold}, which comes closest to {args.keep}"
     print(f"{found} -> {args.out / name}.csv")
     print(f"  dose {dose:.3g}: near-duplicates that a kept slice meets in a shuffled batch of 128")
 
@@ -131,6 +131,8 @@ def parse_args():
         args.keep = int(args.keep)
     if args.keep is None and args.threshold is None and args.like is None:
         args.threshold = DEFAULT_THRESHOLDS.get(args.strategy)
+    if args.strategy in MEASURES and args.keep is None and args.threshold is None:
+        fail(f"--strategy {args.strategy} has no default threshold: give --threshold or --keep")
     if args.strategy in ("hash", "every-n") and args.threshold is not None:
         args.threshold = int(args.threshold)
     return args
@@ -284,17 +286,20 @@ def by_embedding(groups, path, threshold):
 
 
 def embed_slices(args, store):
-    """The path of the features of all slices, made once for an encoder; those that other code made,
-    or that belong to an older store, are made again."""
+    """The path of the features of all slices, made once for an encoder.
+
+    Those that other code made, or that belong to an older store, are made again.
+    """
     from common.encoder import embed  # only here: importing torch takes seconds
 
-    made_by = {"store": store_digest(args.out), "code": code_digest(*EMBEDDING_CODE)}
+    store_made = (args.out / "store.json").read_text()
+    made_by = json.dumps({"code": code_digest(*EMBEDDING_CODE), "store": store_made})
     record = args.out / "features.json"
-    if not record.exists() or record.read_text() != json.dumps(made_by):
+    if not record.exists() or record.read_text() != made_by:
         for features in args.out.glob("features-*.npy"):
             features.unlink()
         with atomic_write(record, text=True) as file:
-            json.dump(made_by, file)
+            file.write(made_by)
     return embed(args.encoder, store.slices, args.out)
 
 

@@ -92,6 +92,7 @@ def select_embeddings(features, threshold):
     The kept slices of a block are found by select_similar, and compared with everything after the
     block by matrix products, which read the embeddings once a block, not once a kept slice. The
     same as select_similar on all of them, but for a cosine within rounding (1e-6) of the threshold.
+    Holds the embeddings in memory twice.
     """
     unit = unit_length(features)
     representative = np.arange(len(unit))
