@@ -453,10 +453,10 @@ def parse_compare():
 def compare(paths):
     """How much selections of one store agree: what each keeps and its dose, and the Jaccard index
     of the kept slices of every pair (1: the same slices, 0: none in common), as Markdown."""
+    selections = [read_selection(path) for path in paths]
     for path in paths:
         if path.resolve().parent != paths[0].resolve().parent:
             fail(f"{path}: belongs to another store than {paths[0]}")
-    selections = [read_selection(path) for path in paths]
 
     print("| selection | slices | share | share of a volume, min to max | dose |")
     print("|---|---|---|---|---|")

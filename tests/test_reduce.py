@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -274,8 +275,9 @@ def test_compare_prints_what_selections_share(made, selected, here, stopped, tmp
     assert cells[6] == ["Jaccard", *names]
     for name, mine, row in zip(names, sets, cells[8:], strict=True):
         assert row == [name, *(f"{len(mine & other) / len(mine | other):.2f}" for other in sets)]
-    other = tmp_path / "other" / "all.csv"
-    assert "another store" in stopped("reduce.py", "compare", store / "all.csv", other)
+    shutil.copytree(store, tmp_path / "other")
+    for path, line in (("other/all.csv", "another store"), ("none.csv", "no such selection")):
+        assert line in stopped("reduce.py", "compare", store / "all.csv", tmp_path / path)
 
 
 @pytest.mark.parametrize(
