@@ -3,24 +3,30 @@
 Reads every slice of DATA once into a slice store in OUT, then writes which slices a strategy keeps:
 
     python reduce.py DATA OUT --strategy hash --threshold 6     # the paper's best: OUT/hash-6.csv
-    python reduce.py DATA OUT --strategy ssim --keep 0.1        # to a budget: the threshold is searched and reported
-    python reduce.py DATA OUT --strategy random --keep 0.1      # the baseline at that budget: OUT/random-keep-0.1.csv
+    python reduce.py DATA OUT --strategy ssim --keep 0.1        # the threshold that keeps a tenth
+    python reduce.py DATA OUT --strategy random --keep 857      # the baseline at Hash-6's budget
+    python reduce.py DATA OUT --strategy random --like OUT/hash-6.csv   # the same in every volume
+    python reduce.py compare OUT/hash-6.csv OUT/random-keep-857.csv     # how much they agree
 
 strategy   similar, so that one of the two goes, when      default T
 hash       at most T of the 64 bits of dHash differ        6       the paper's best
-ssim       structural similarity is at least T             0.7     ours: keeps about what hash-6 keeps of real CT
+ssim       structural similarity is at least T             0.7     ours: near hash-6's budget
 mi         normalised mutual information is at least T     0.45    the same
-embedding  the cosine of ResNet features is at least T     0.997   the same, for encoders of pretrain.py; with others
-                                                                   (imagenet) use --keep and look at the picture
+embedding  the cosine of ResNet features is at least T     0.997   the same, for encoders of
+                                                                   pretrain.py; for others --keep
 every-n    (every T-th slice stays)                        8       ours
+random     (slices drawn at random stay)                   -       --keep or --like
+redundant  (the slices most similar to others stay)        -       ours: the opposite pole of hash
 
-DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder of
-<volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses the store.
+DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder
+of <volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses
+the store.
 """
 
 import argparse
 import csv
 import json
+import sys
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,56 +35,48 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from common import reduction, similarity
-from common.files import atomic_write, exclusive, fail, run_script, versions
+from common import reduction
+from common.files import atomic_write, code_digest, exclusive, fail, run_script, versions
 from common.hashing import hamming
-from common.sheet import contact_sheet
-from common.store import check_folders, open_or_build_store
+from common.pictures import contact_sheet
+from common.similarity import MEASURES, RADIUS
+from common.store import check_folders, open_or_build_store, read_selection
 from common.workers import in_order, worker_pool
 
-DEFAULT_THRESHOLDS = {
-    "hash": 6,
-    "ssim": 0.7,
-    "mi": 0.45,
-    "embedding": 0.997,
-    "every-n": 8,
-}  # see above
+BASELINES = ["all", "every-n", "random", "redundant"]
+DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}
+CODE = ["reduce.py", "common/reduction.py", "common/hashing.py", "common/similarity.py"]
+EMBEDDING_CODE = ["common/encoder.py", "common/simclr.py"]  # it decides the features
 
 
 def main():
+    if sys.argv[1:2] == ["compare"]:
+        compare(parse_compare().selections)
+        return
     args = parse_args()
     check_folders(args.data, args.out)
     with exclusive(args.out):
-        reduce(args)
-
-
-def reduce(args):
-    started = time.perf_counter()
-    store = open_or_build_store(args.data, args.out, args.size, args.window, args.workers)
-    stored = time.perf_counter()
-
-    representative, similar, threshold = select(args, store)
-    selected = time.perf_counter()
-
-    name = selection_name(args, threshold)
-    kept = representative == np.arange(len(representative))
-    write_selection(args.out / f"{name}.csv", representative, similar)
-    with atomic_write(args.out / f"{name}.png") as file:
-        contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
-    seconds = {
-        "store": stored - started,
-        "select": selected - stored,
-        "write": time.perf_counter() - selected,
-    }
-    write_summary(args, name, threshold, store, kept, seconds)
-    by = (
-        f" by threshold {threshold}, which comes closest to {args.keep:g}"
-        if args.keep and threshold is not None
-        else ""
-    )
-    print(
-        f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%}){by} -> {args.out / name}.csv"
-    )
+        started = time.perf_counter()
+        store = open_or_build_store(args.data, args.out, args.size, args.window, args.workers)
+        stored = time.perf_counter()
+        representative, similarity, threshold = select(args, store)
+        selected = time.perf_counter()
+        name = selection_name(args, threshold)
+        kept = representative == np.arange(len(representative))
+        write_selection(args.out / f"{name}.csv", representative, similarity)
+        write_picture(args.out / f"{name}.png", name, store, representative)
+        seconds = {
+            "store": stored - started,
+            "select": selected - stored,
+            "write": time.perf_counter() - selected,
+        }
+        dose = reduction.expected_dose(store.hashes[kept], store.volume_index[kept])
+        write_summary(args, name, threshold, store, kept, dose, seconds)
+    found = f"{name}: kept {kept.sum()} of {len(kept)} slices ({kept.mean():.2%})"
+    if args.keep is not None and threshold is not None:
+        found += f" by threshold {threshold}, which comes closest to {args.keep}"
+    print(f"{found} -> {args.out / name}.csv")
+    print(f"  dose {dose:.3g}: near-duplicates that a kept slice meets in a shuffled batch of 128")
 
 
 def parse_args():
@@ -88,27 +86,32 @@ def parse_args():
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="tree of DICOM series and/or PNG or JPEG slices")
     add("out", type=Path, metavar="OUT", help="folder for the slice store and the selections")
-    add(
-        "--strategy",
-        required=True,
-        choices=["all", "every-n", "random", "hash", "ssim", "mi", "embedding"],
-    )
+    add("--strategy", required=True, choices=[*BASELINES, "hash", *MEASURES, "embedding"])
     add("--threshold", type=float, help="T of the table above")
     add(
         "--keep",
         type=float,
-        help="budget instead of a threshold: share of slices to keep (default of random: 0.1)",
+        help="budget instead of a threshold: up to 1 a share of the slices (1 keeps all), from 2 "
+        "on a number of slices (default of random and redundant: 0.1)",
+    )
+    add(
+        "--like",
+        type=Path,
+        metavar="SELECTION.csv",
+        help="for random, every-n and redundant: keep as many slices of each volume as this "
+        "selection in OUT",
     )
     add(
         "--scope",
         choices=["volume", "dataset"],
         default="volume",
-        help="select within each volume (paper) or over all volumes at once (the drafts' HashAll)",
+        help="select within each volume (paper) or over all at once (the drafts' HashAll)",
     )
     add(
         "--encoder",
         metavar="PATH|imagenet",
-        help="for embedding: an encoder.pt of pretrain.py, or torchvision's ImageNet ResNet-50 (downloaded)",
+        help="for embedding: an encoder.pt of pretrain.py, or torchvision's ImageNet ResNet-50 "
+        "(downloaded)",
     )
     add("--size", type=int, default=224, help="side of a stored slice in pixels")
     add(
@@ -121,198 +124,363 @@ def parse_args():
     add("--seed", type=int, default=0, help="for random")
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args()
-    if args.threshold is not None and args.keep is not None:
-        fail("--threshold and --keep exclude each other: give one")
-    if args.threshold is not None and args.strategy in ("all", "random"):
-        fail(
-            f"--strategy {args.strategy} has no threshold"
-            + (": use --keep" if args.strategy == "random" else "")
-        )
+    check_flags(args)
+    if args.strategy in ("random", "redundant") and args.keep is None and args.like is None:
+        args.keep = 0.1
+    if args.keep is not None and args.keep > 1:
+        args.keep = int(args.keep)
+    if args.keep is None and args.threshold is None and args.like is None:
+        args.threshold = DEFAULT_THRESHOLDS.get(args.strategy)
+    if args.strategy in MEASURES and args.keep is None and args.threshold is None:
+        fail(f"--strategy {args.strategy} has no default threshold: give --threshold or --keep")
+    if args.strategy in ("hash", "every-n") and args.threshold is not None:
+        args.threshold = int(args.threshold)
+    return args
+
+
+def check_flags(args):
+    """Stop with one line at flags that do not fit together."""
+    given = [args.threshold is not None, args.keep is not None, args.like is not None]
+    if sum(given) > 1:
+        fail("--threshold, --keep and --like exclude each other: give one")
+    if args.threshold is not None and args.strategy == "all":
+        fail("--strategy all has no threshold")
+    if args.threshold is not None and args.strategy in ("random", "redundant"):
+        fail(f"--strategy {args.strategy} has no threshold: use --keep or --like")
+    if args.like is not None:
+        check_like(args)
     if args.keep is not None and args.strategy == "all":
         fail("--strategy all keeps every slice: --keep needs another strategy")
-    if args.keep is not None and not 0 < args.keep <= 1:
-        fail(f"--keep {args.keep:g} is not a share: give a number above 0 and up to 1")
-    if args.strategy in ("hash", "every-n") and args.threshold is not None:
-        if args.threshold != int(args.threshold) or args.threshold < (
-            1 if args.strategy == "every-n" else 0
-        ):
-            fail(
-                f"--threshold {args.threshold:g}: {args.strategy} needs a whole number of "
-                + ("slices, 1 or more" if args.strategy == "every-n" else "bits")
-            )
-        args.threshold = int(args.threshold)
-    if args.strategy in ("ssim", "mi") and args.scope == "dataset":
+    if args.keep is not None and not 0 < args.keep <= 1 and not is_count(args.keep, 2):
         fail(
-            f"--scope dataset is for all, every-n, random, hash and embedding: {args.strategy} would take too long"
+            f"--keep {args.keep:g} is not a share (above 0, up to 1) nor a number of slices "
+            "(whole, 2 or more)"
         )
+    if args.strategy == "hash" and not is_count(args.threshold, 0):
+        fail(f"--threshold {args.threshold:g}: hash needs a whole number of bits")
+    if args.strategy == "every-n" and not is_count(args.threshold, 1):
+        fail(f"--threshold {args.threshold:g}: every-n needs a whole number of slices, 1 or more")
+    if args.strategy in MEASURES and args.scope == "dataset":
+        fail(
+            "--scope dataset is for all, every-n, random, hash and embedding: "
+            f"{args.strategy} would take too long"
+        )
+    if args.strategy == "redundant" and args.scope == "dataset":
+        fail("--scope dataset: redundant looks for similar slices within a volume")
+    if args.strategy == "ssim" and args.size < 2 * RADIUS + 1:
+        fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
     if (args.strategy == "embedding") != (args.encoder is not None):
         fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
-    if args.strategy == "random" and args.keep is None:
-        args.keep = 0.1
-    if args.keep is None and args.threshold is None:
-        args.threshold = DEFAULT_THRESHOLDS.get(args.strategy)
-    return args
+
+
+def check_like(args):
+    """Stop with one line at a --like that cannot be matched."""
+    if args.strategy not in ("random", "every-n", "redundant"):
+        fail(f"--like is for random, every-n and redundant, not for {args.strategy}")
+    if args.scope == "dataset":
+        fail("--like counts the slices of each volume: it does not go with --scope dataset")
+    if not args.like.is_file():
+        fail(f"--like {args.like}: no such selection: make it first")
+    if args.like.resolve().parent != args.out.resolve():
+        fail(f"--like {args.like}: belongs to another store than {args.out}")
+
+
+def is_count(value, least):
+    """Whether a flag holds a whole number, `least` or more, or was not given."""
+    return value is None or (value >= least and value == int(value))
+
+
+# --- Selection.
 
 
 def select(args, store):
-    """The chosen strategy on every group: (representative row of each row, similarity to it, threshold used or None)."""
-    groups = store.volumes if args.scope == "volume" else [np.arange(len(store.hashes))]
-    sizes = np.array([len(rows) for rows in groups])
-    if args.strategy in ("all", "random", "every-n"):
-        rng, budget = np.random.default_rng(args.seed), reduction.share_out(sizes, args.keep or 1)
-        chosen = {
-            "all": lambda n, count: np.arange(n),
-            "random": lambda n, count: reduction.select_random(n, count, rng),
-            "every-n": lambda n, count: (
-                reduction.select_evenly(n, count)
-                if args.keep
-                else reduction.select_every(n, args.threshold)
-            ),
-        }[args.strategy]
-        representative = join(groups, [chosen(n, count) for n, count in zip(sizes, budget)])
-        return (
-            representative,
-            hamming(store.hashes, store.hashes[representative]),
-            args.threshold,
-        )
+    """The chosen strategy on every group of slices, volumes or the whole data set.
 
-    pick = {"hash": by_hash, "ssim": by_pairs, "mi": by_pairs, "embedding": by_embedding}[
-        args.strategy
-    ](args, store, groups)
-    pick = lru_cache(8)(pick)  # the search mostly ends near the threshold it chooses
-    threshold = threshold_for(args, groups, pick) if args.keep else args.threshold
-    return *pick(threshold), threshold
+    Returns (representative row of each row, similarity to it, threshold used or None).
+    """
+    if args.scope == "volume":
+        groups = store.volumes
+    else:
+        groups = [np.arange(len(store.hashes))]
+    check_budget(args, store, groups)
+    if args.strategy in BASELINES:
+        return *by_baseline(args, store, groups), args.threshold
+    if args.strategy == "hash":
+        select_at = partial(by_hash, store, groups)
+    elif args.strategy in MEASURES:
+        select_at = partial(by_pixels, args, store, groups)
+    else:
+        select_at = partial(by_embedding, groups, embed_slices(args, store))
+    if args.keep is None:
+        return *select_at(args.threshold), args.threshold
+    return select_to_budget(args, store, groups, select_at)
 
 
-def by_hash(args, store, groups):
-    """pick(threshold) -> (representative row, bits that differ) of every row, by dHash."""
+def by_baseline(args, store, groups):
+    """A strategy that knows how many slices stay.
 
-    def pick(threshold):
-        representative = join(
-            groups, [reduction.select_hash(store.hashes[rows], threshold) for rows in groups]
-        )
-        return representative, hamming(store.hashes, store.hashes[representative])
+    Returns (representative row, bits of dHash that differ) of every row.
+    """
+    rng = np.random.default_rng(args.seed)
+    found = []
+    for rows, count in zip(groups, counts_to_keep(args, groups)):
+        n = len(rows)
+        if args.strategy == "all":
+            representative = np.arange(n)
+        elif args.strategy == "random":
+            representative = reduction.select_random(n, count, rng)
+        elif args.strategy == "redundant":
+            representative = reduction.select_redundant(store.hashes[rows], count)
+        elif args.threshold is not None:
+            representative = reduction.select_every(n, args.threshold)
+        else:
+            representative = reduction.select_evenly(n, count)
+        found.append(representative)
+    representative = rows_of_store(groups, found)
+    return representative, hamming(store.hashes, store.hashes[representative])
 
-    return pick
+
+def by_hash(store, groups, threshold):
+    """(representative row, bits of dHash that differ) of every row."""
+    found = [reduction.select_hash(store.hashes[rows], threshold) for rows in groups]
+    representative = rows_of_store(groups, found)
+    return representative, hamming(store.hashes, store.hashes[representative])
 
 
-def by_pairs(args, store, groups):
-    """pick(threshold) -> (representative row, similarity) of every row, by SSIM or mutual information of the slices."""
-    if args.strategy == "ssim" and args.size < 2 * similarity.RADIUS + 1:
-        fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
-
-    def pick(threshold):
-        work = partial(select_volume, store.path, args.strategy, threshold)
-        with worker_pool(args.workers) as pool, slice_bar(args.strategy, threshold, groups) as bar:
-            found = []
-            for representative, measured in in_order(
-                pool, work, [(rows[0], rows[-1] + 1) for rows in groups]
-            ):
-                found.append((representative, measured))
-                bar.update(len(measured))
-        return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
-
-    return pick
+def by_pixels(args, store, groups, threshold):
+    """(representative row, similarity) of every row, by a measure of similarity.py."""
+    work = partial(select_volume, store.path, args.strategy, threshold)
+    spans = [(rows[0], rows[-1] + 1) for rows in groups]
+    found = []
+    similarities = []
+    with worker_pool(args.workers) as pool, slice_bar(args.strategy, threshold, groups) as bar:
+        for representative, similarity in in_order(pool, work, spans):
+            found.append(representative)
+            similarities.append(similarity)
+            bar.update(len(similarity))
+    return rows_of_store(groups, found), np.concatenate(similarities)
 
 
 def select_volume(path, strategy, threshold, span):
-    """Greedy selection of one volume, rows first to last (excluded) of the store at path, in a process of its own."""
-    slices = np.array(np.load(path, mmap_mode="r")[span[0] : span[1]])
-    measure = similarity.MEASURES[strategy](slices)
-    return reduction.greedy(len(slices), measure, lambda values: values >= threshold)
+    """Greedy selection of one volume in a worker process: rows first to last (excluded)."""
+    first, last = span
+    slices = np.array(np.load(path, mmap_mode="r")[first:last])
+    return reduction.select_similar(len(slices), MEASURES[strategy](slices), threshold)
 
 
-def by_embedding(args, store, groups):
-    """pick(threshold) -> (representative row, cosine) of every row, by features of a ResNet."""
+def by_embedding(groups, path, threshold):
+    """(representative row, cosine) of every row, by the features at path, float32 [N, d]."""
+    found = []
+    similarities = []
+    # one thread, so that the number of cores changes no result
+    with threadpool_limits(1), slice_bar("embedding", threshold, groups) as bar:
+        for rows in groups:
+            features = np.load(path, mmap_mode="r")[rows]
+            representative, similarity = reduction.select_embeddings(features, threshold)
+            found.append(representative)
+            similarities.append(similarity)
+            bar.update(len(rows))
+    return rows_of_store(groups, found), np.concatenate(similarities)
+
+
+def embed_slices(args, store):
+    """The path of the features of all slices, made once for an encoder.
+
+    Those that other code made, or that belong to an older store, are made again.
+    """
     from common.encoder import embed  # only here: importing torch takes seconds
 
-    path = embed(args.encoder, store.slices, args.out)
-
-    def pick(threshold):
-        found = []
-        with threadpool_limits(1), slice_bar(args.strategy, threshold, groups) as bar:
-            for rows in groups:
-                measure = similarity.cosine(np.load(path, mmap_mode="r")[rows])
-                found.append(
-                    reduction.greedy(len(rows), measure, lambda values: values >= threshold)
-                )
-                bar.update(len(rows))
-        return join(groups, [r for r, _ in found]), np.concatenate([s for _, s in found])
-
-    return pick
+    store_made = (args.out / "store.json").read_text()
+    made_by = json.dumps({"code": code_digest(*EMBEDDING_CODE), "store": store_made})
+    record = args.out / "features.json"
+    if not record.exists() or record.read_text() != made_by:
+        for features in args.out.glob("features-*.npy"):
+            features.unlink()
+        with atomic_write(record, text=True) as file:
+            file.write(made_by)
+    return embed(args.encoder, store.slices, args.out)
 
 
 def slice_bar(strategy, threshold, groups):
     return tqdm(desc=f"{strategy} {threshold:g}", total=sum(map(len, groups)), unit="slice")
 
 
-def threshold_for(args, groups, pick):
-    """The one threshold whose kept share comes closest to --keep."""
-    total = sum(map(len, groups))
+def rows_of_store(groups, found):
+    """Representatives of each group, indices within it -> representative rows of the store, [N]."""
+    representative = np.empty(sum(map(len, groups)), int)
+    for rows, indices in zip(groups, found):
+        representative[rows] = rows[indices]
+    return representative
+
+
+# --- Budgets.
+
+
+def check_budget(args, store, groups):
+    """Stop with one line at a number of slices that cannot be kept."""
+    if not isinstance(args.keep, int):
+        return
+    if args.keep > len(store.slices):
+        fail(f"--keep {args.keep}: there are only {len(store.slices)} slices")
+    if args.keep < len(groups):
+        fail(
+            f"--keep {args.keep}: each of the {len(groups)} volumes keeps at least one slice: "
+            f"give {len(groups)} or more, or --scope dataset"
+        )
+
+
+def counts_to_keep(args, groups):
+    """How many slices each group keeps at --keep or --like, int [groups]; all of them without."""
+    if args.like is not None:
+        kept = read_selection(args.like).kept
+        counts = np.array([np.isin(rows, kept).sum() for rows in groups])
+        if (counts == 0).any():
+            fail(f"--like {args.like}: keeps no slice of {(counts == 0).sum()} volumes")
+        return counts
+    sizes = np.array([len(rows) for rows in groups])
+    share = 1 if args.keep is None else args.keep
+    if isinstance(args.keep, int):
+        share = args.keep / sizes.sum()
+    return reduction.share_out(sizes, share)
+
+
+def select_to_budget(args, store, groups, select_at):
+    """The selection by the one threshold whose number of kept slices comes closest to --keep."""
+    total = len(store.slices)
+    target = args.keep if isinstance(args.keep, int) else args.keep * total
+    # the search mostly ends near the threshold that it chooses, so that need not be done twice
+    select_at = lru_cache(8)(select_at)
 
     def count(threshold):
-        return int((pick(threshold)[0] == np.arange(total)).sum())
+        representative, _ = select_at(threshold)
+        return int((representative == np.arange(total)).sum())
 
-    if args.strategy == "hash":  # every threshold there is
-        return reduction.closest({t: count(t) for t in range(65)}, args.keep * total)
-    guess = DEFAULT_THRESHOLDS[args.strategy]
-    return reduction.search_threshold(count, len(groups), total, args.keep * total, guess)
+    if args.strategy == "hash":
+        every_threshold = {bits: count(bits) for bits in range(65)}
+        threshold = reduction.closest(every_threshold, target)
+    else:
+        guess = DEFAULT_THRESHOLDS.get(args.strategy, 0.5)
+        threshold = reduction.search_threshold(count, len(groups), total, target, guess)
+    return *select_at(threshold), threshold
 
 
-def join(groups, representatives):
-    """Put each group's representatives (indices within the group) together as rows of the store."""
-    joined = np.empty(sum(len(rows) for rows in groups), int)
-    for rows, representative in zip(groups, representatives):
-        joined[rows] = rows[representative]
-    return joined
+# --- Output.
 
 
 def selection_name(args, threshold):
-    """hash-6, every-n-8, random-keep-0.1, hash-6-dataset, ...: the settings that tell selections of one store apart."""
+    """hash-6, random-keep-0.1, random-like-hash-6, hash-6-dataset, ...: the settings that tell
+    selections of one store apart."""
     name = args.strategy
-    if args.keep:
+    if isinstance(args.keep, int):
+        name += f"-keep-{args.keep}"
+    elif args.keep is not None:
         name += f"-keep-{args.keep:g}"
+    elif args.like is not None:
+        name += f"-like-{args.like.stem}"
     elif threshold is not None:
         name += f"-{threshold:g}"
     if args.strategy == "random" and args.seed:
         name += f"-seed-{args.seed}"
-    return name + ("-dataset" if args.scope == "dataset" and args.strategy != "all" else "")
+    if args.scope == "dataset" and args.strategy != "all":
+        name += "-dataset"
+    return name
 
 
-def write_selection(path, representative, similar):
-    """NAME.csv: row,kept,representative,similarity; similarity to the representative (hash and baselines: bits that differ)."""
-    rounded = similar if similar.dtype.kind == "i" else similar.astype(float).round(6)
+def write_selection(path, representative, similarity):
+    """NAME.csv: row,kept,representative,similarity; similarity to the representative (hash and
+    baselines: bits that differ)."""
+    if similarity.dtype.kind == "f":
+        similarity = similarity.round(6)
     with atomic_write(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "kept", "representative", "similarity"])
-        writer.writerows(
-            (row, int(row == r), r, s) for row, (r, s) in enumerate(zip(representative, rounded))
-        )
+        for row, (stands_for_it, alike) in enumerate(zip(representative, similarity)):
+            writer.writerow([row, int(row == stands_for_it), stands_for_it, alike])
 
 
-def write_summary(args, name, threshold, store, kept, seconds):
-    settings = {
-        key: value for key, value in vars(args).items() if key not in ("data", "out", "workers")
+def write_picture(path, name, store, representative):
+    with atomic_write(path) as file:
+        contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
+
+
+def write_summary(args, name, threshold, store, kept, dose, seconds):
+    """NAME.json: settings, counts, seconds by stage, and the code and versions that made it."""
+    settings = dict(vars(args))
+    for key in ("data", "out", "workers"):
+        del settings[key]
+    if args.like is not None:
+        settings["like"] = args.like.stem
+    volumes = {
+        volume: {"slices": len(rows), "kept": int(kept[rows].sum())}
+        for volume, rows in zip(store.names, store.volumes)
     }
-    per_volume = {
-        n: {"slices": len(rows), "kept": int(kept[rows].sum())}
-        for n, rows in zip(store.names, store.volumes)
-    }
+    code = CODE + EMBEDDING_CODE * (args.strategy == "embedding")
     summary = {
         "name": name,
         "settings": settings | {"threshold": threshold},
         "slices": len(kept),
         "kept": int(kept.sum()),
+        "dose": round(dose, 6),
         "skipped": store.skipped,
-        "store": json.loads((args.out / "store.json").read_text())["crc32"]["slices.csv"],
-        "volumes": per_volume,
+        "store": store_digest(args.out),
+        "volumes": volumes,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "code": code_digest(*code),
         "versions": versions(),
     }
     with atomic_write(args.out / f"{name}.json", text=True) as file:
         json.dump(summary, file, indent=1)
+
+
+def store_digest(out):
+    """What a selection records of its store: the checksum of slices.csv."""
+    return json.loads((out / "store.json").read_text())["crc32"]["slices.csv"]
+
+
+# --- Comparison.
+
+
+def parse_compare():
+    parser = argparse.ArgumentParser(prog="reduce.py compare", description=compare.__doc__)
+    parser.add_argument(
+        "selections", type=Path, nargs="+", metavar="SELECTION.csv", help="written by reduce.py"
+    )
+    return parser.parse_args(sys.argv[2:])
+
+
+def compare(paths):
+    """How much selections of one store agree: what each keeps and its dose, and the Jaccard index
+    of the kept slices of every pair (1: the same slices, 0: none in common), as Markdown."""
+    selections = [read_selection(path) for path in paths]
+    for path in paths:
+        if path.resolve().parent != paths[0].resolve().parent:
+            fail(f"{path}: belongs to another store than {paths[0]}")
+
+    print("| selection | slices | share | share of a volume, min to max | dose |")
+    print("|---|---|---|---|---|")
+    for path, selection in zip(paths, selections):
+        store = selection.store
+        kept = selection.kept
+        shares = [np.isin(rows, kept).mean() for rows in store.volumes]
+        dose = reduction.expected_dose(store.hashes[kept], store.volume_index[kept])
+        print(
+            f"| {path.stem} | {len(kept)} | {len(kept) / len(store.slices):.1%} "
+            f"| {min(shares):.1%} to {max(shares):.1%} | {dose:.2f} |"
+        )
+
+    print()
+    print(f"| Jaccard | {' | '.join(path.stem for path in paths)} |")
+    print("|---" * (len(paths) + 1) + "|")
+    for path, selection in zip(paths, selections):
+        row = [f"{jaccard(selection.kept, other.kept):.2f}" for other in selections]
+        print(f"| {path.stem} | {' | '.join(row)} |")
+
+
+def jaccard(a, b):
+    """Share of the rows in either set that are in both."""
+    return len(np.intersect1d(a, b)) / len(np.union1d(a, b))
 
 
 if __name__ == "__main__":

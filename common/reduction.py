@@ -1,75 +1,130 @@
-"""Which slices stay: dHash, the greedy rule, the baselines, and thresholds that meet a budget.
+"""Which slices stay: the greedy rule, the baselines, budgets, and the dose that is left.
 
-Everything here works on one group of slices in z order (a volume, or the whole data set) and finds, for each slice,
-the index of the kept slice that stands for it (its representative); a kept slice stands for itself.
-Knows nothing of files, DICOM or training.
+Everything here works on one group of slices in z order (a volume, or the whole data set) and finds,
+for each slice, the index of the kept slice that stands for it (its representative); a kept slice
+stands for itself. Knows nothing of files, DICOM or training.
 """
+
+import math
+from itertools import cycle
 
 import numpy as np
 
-from common.hashing import hamming
+from common.hashing import hamming, hash_index
+from common.similarity import cosine, unit_length
+
+NEAR_DUPLICATE = 6  # bits of dHash that differ at most: the paper's best threshold
+BATCH = 128  # slices: the paper's, for which the dose is given
+INDEXED = 4096  # slices from which on the hash index is faster than comparing all
+BLOCK = 256  # embeddings compared with all others by one matrix product
 
 
-def greedy(n, measure, similar):
-    """The paper's rule (official code): keep the first remaining slice, drop every remaining one similar to it, repeat.
+def greedy(n, compare, similar):
+    """The paper's rule (official code): keep the first remaining slice, drop every remaining one
+    that is similar to it, repeat.
 
-    n: number of slices. measure(first, others): similarity of slice `first` to each of the index array `others`.
-    similar(similarities): bool mask. Returns (representative, similarity to it), [n]; a kept slice's own is measured too.
+    n: number of slices. compare(first, others): similarity of slice `first` to each of the index
+    array `others`. similar(similarities): bool mask. Returns (representative, similarity to it),
+    each [n]; a kept slice is compared with itself.
     """
-    representative, similarity = np.arange(n), np.zeros(n)
+    representative = np.arange(n)
+    similarity = np.zeros(n)
     remaining = np.arange(n)
     while len(remaining):
         first = remaining[0]
-        measured = measure(first, remaining)
-        gone = similar(measured)
-        gone[0] = True
-        representative[remaining[gone]] = first
-        similarity[remaining[gone]] = measured[gone]
-        remaining = remaining[~gone]
+        compared = compare(first, remaining)
+        represented = similar(compared)
+        represented[0] = True
+        representative[remaining[represented]] = first
+        similarity[remaining[represented]] = compared[represented]
+        remaining = remaining[~represented]
     return representative, similarity
 
 
 def select_hash(hashes, threshold):
-    """Greedy on dHash: uint64 [n], similar when at most `threshold` bits differ (paper: 6; drafts: 3 and 12 too)."""
-    if len(hashes) > 4096 and threshold <= 10:
-        return select_hash_indexed(hashes, threshold)
-    measure = lambda first, others: hamming(hashes[first], hashes[others])  # noqa: E731
-    return greedy(len(hashes), measure, lambda bits: bits <= threshold)[0]
+    """Greedy on dHash: similar when at most `threshold` bits differ (paper: 6; drafts: 3 and 12).
+
+    hashes: uint64 [n]. Returns the representatives.
+    """
+    if len(hashes) > INDEXED and threshold <= 10:
+        return greedy_indexed(hashes, threshold)
+
+    def compare(first, others):
+        return hamming(hashes[first], hashes[others])
+
+    def similar(bits):
+        return bits <= threshold
+
+    return greedy(len(hashes), compare, similar)[0]
 
 
-def select_hash_indexed(hashes, threshold):
-    """select_hash for a whole data set: of t + 1 pieces of the hash, two hashes within t bits share at least one
-    (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only slices that share a piece are compared."""
-    n = len(hashes)
-    pieces = [
-        piece_index(hashes, range(start, 64, threshold + 1)) for start in range(threshold + 1)
-    ]
-    representative, remaining = np.arange(n), np.ones(n, bool)
-    for first in range(n):
-        if remaining[first]:
-            near = np.concatenate(
-                [
-                    order[edges[code[first]] : edges[code[first] + 1]]
-                    for code, order, edges in pieces
-                ]
-            )
-            near = near[remaining[near]]
-            near = near[hamming(hashes[first], hashes[near]) <= threshold]
-            representative[near] = first
-            remaining[near] = False
+def select_similar(n, compare, threshold):
+    """Greedy on a similarity: similar at `threshold` or more (our choice). As greedy otherwise."""
+
+    def similar(similarities):
+        return similarities >= threshold
+
+    return greedy(n, compare, similar)
+
+
+# --- Greedy, fast: the same selections where comparing each kept slice with all would take hours.
+
+
+def greedy_indexed(hashes, threshold):
+    """Greedy on dHash for a whole data set: only slices that the hash index names are compared."""
+    candidates = hash_index(hashes, threshold)
+    representative = np.arange(len(hashes))
+    remaining = np.ones(len(hashes), bool)
+    for first in range(len(hashes)):
+        if not remaining[first]:
+            continue
+        near = candidates(first)
+        near = near[remaining[near]]
+        near = near[hamming(hashes[first], hashes[near]) <= threshold]
+        representative[near] = first
+        remaining[near] = False
     return representative
 
 
-def piece_index(hashes, bits):
-    """Slices by the value of some bits of their hash: (code [n], order, edges); order[edges[c] : edges[c + 1]] share c."""
-    mask = np.uint64(sum(1 << bit for bit in bits))
-    _, code = np.unique(hashes & mask, return_inverse=True)
-    order = np.argsort(code, kind="stable").astype(np.int32)
-    return code.astype(np.int32), order, np.concatenate([[0], np.cumsum(np.bincount(code))])
+def select_embeddings(features, threshold):
+    """Greedy on the cosine of embeddings, float32 [n, d], block after block.
+
+    The kept slices of a block are found by select_similar, and compared with everything after the
+    block by matrix products, which read the embeddings once a block, not once a kept slice. The
+    same as select_similar on all of them, but for a cosine within rounding (1e-6) of the threshold.
+    Holds the embeddings in memory twice.
+    """
+    unit = unit_length(features)
+    representative = np.arange(len(unit))
+    similarity = np.zeros(len(unit))
+    remaining = np.arange(len(unit))
+    while len(remaining):
+        block = remaining[:BLOCK]
+        found, compared = select_similar(len(block), cosine(unit[block]), threshold)
+        representative[block] = block[found]
+        similarity[block] = compared
+        kept = block[np.unique(found)]
+
+        later = []
+        for start in range(BLOCK, len(remaining), 16 * BLOCK):
+            rows = remaining[start : start + 16 * BLOCK]
+            compared = unit[rows] @ unit[kept].T
+            first = (compared >= threshold).argmax(1)  # the kept slice that comes first
+            compared = compared[np.arange(len(rows)), first]
+            represented = compared >= threshold
+            representative[rows[represented]] = kept[first[represented]]
+            similarity[rows[represented]] = compared[represented]
+            later.append(rows[~represented])
+        remaining = np.concatenate([remaining[:0], *later])
+    return representative, similarity
+
+
+# --- The baselines.
 
 
 def select_every(n, step):
-    """Keep every step-th of n slices, from the first on; the dropped ones stand with the kept one before them."""
+    """Keep every step-th of n slices, from the first on; one that goes stands with the kept one
+    before it."""
     index = np.arange(n)
     return index - index % step
 
@@ -84,47 +139,105 @@ def select_random(n, count, rng):
     return nearest_kept(n, np.sort(rng.choice(n, count, replace=False)))
 
 
-def nearest_kept(n, kept):
-    """Representatives of n slices when the sorted indices `kept` stay: the nearest along z, the lower one on a tie."""
-    index = np.arange(n)
-    after = np.clip(np.searchsorted(kept, index), 0, len(kept) - 1)
-    before = np.clip(after - 1, 0, len(kept) - 1)
-    return np.where(
-        np.abs(index - kept[before]) <= np.abs(kept[after] - index), kept[before], kept[after]
-    )
+def select_redundant(hashes, count):
+    """Keep the `count` slices most similar to the others of their volume: the opposite of greedy.
 
-
-def share_out(sizes, keep):
-    """How many slices each group keeps at a budget: in proportion, at least 1, in all as near keep * n as rounding lets.
-
-    sizes: slices a group, int [groups]. keep: share in (0, 1].
+    First those with the most near-duplicates; of equally many, those with the fewest bits of
+    difference to all others; then in z order. hashes: uint64 [n], of one volume. Our choice, after
+    SAS (Joshi and Mirzasoleiman, ICML 2023): for contrastive learning the examples most similar to
+    others matter most.
     """
-    edges = np.rint(np.cumsum(sizes) * keep).astype(int)
-    return np.maximum(1, np.diff(edges, prepend=0))
+    near = near_duplicates(hashes)
+    bits = np.array([hamming(one, hashes).sum() for one in hashes])
+    most_similar_first = np.lexsort((bits, -near))  # equal ones stay in z order
+    return nearest_kept(len(hashes), np.sort(most_similar_first[:count]))
+
+
+def nearest_kept(n, kept):
+    """Representatives of n slices when the sorted indices `kept` stay: the nearest along z, the
+    lower one on a tie."""
+    index = np.arange(n)
+    after = np.searchsorted(kept, index).clip(0, len(kept) - 1)
+    before = (after - 1).clip(0)
+    below = kept[before]
+    above = kept[after]
+    return np.where(np.abs(index - below) <= np.abs(above - index), below, above)
+
+
+# --- Budgets.
+
+
+def share_out(sizes, share):
+    """How many slices each group keeps at a budget: in proportion to its size, at least 1.
+
+    sizes: slices of each group, int [groups]. share: of all slices, in (0, 1]. In all they are
+    share * sizes.sum(), rounded, or one a group where that is more.
+    """
+    edges = np.rint(np.cumsum(sizes) * share).astype(int)
+    counts = np.maximum(1, np.diff(edges, prepend=0))
+    budget = max(edges[-1], len(sizes))
+    while counts.sum() > budget:  # groups too small for a slice of their share took one more
+        counts[counts.argmax()] -= 1
+    return counts
 
 
 def closest(kept, target):
-    """The threshold, of a dict threshold -> slices kept, that comes closest to `target` slices; the lower on a tie."""
+    """The threshold, of a dict threshold -> slices kept, that comes closest to `target` slices; the
+    lower one on a tie."""
     return min(kept, key=lambda threshold: (abs(kept[threshold] - target), threshold))
 
 
 def search_threshold(count, groups, total, target, guess):
-    """The threshold of a similarity (-1 to 1) that keeps closest to `target` slices: to 0.01 % of all, or to 2e-7 of it.
+    """The threshold of a similarity (-1 to 1) that keeps closest to `target` slices: to 0.01 % of
+    all, or to 2e-7 of the threshold.
 
-    count(threshold): slices kept, growing with it. groups, total: what -1 and anything above 1 keep. guess: where to
-    start. Bisects, in turns with interpolation of the logarithm of the count, which is nearly straight.
+    count(threshold): slices kept, growing with it. groups, total: what -1 and anything above 1
+    keep. guess: where to start. Bisection and interpolation take turns: the logarithm of the count
+    is nearly straight, but where it is not, interpolation alone would crawl.
     """
-    kept, low, high = {-1.0: groups}, -1.0, 1.0
-    while target > groups:
+    kept = {-1.0: groups}
+    if target <= groups:
+        return -1.0
+    low = -1.0
+    high = 1.0
+    for interpolate in cycle([False, True]):
         kept[guess] = count(guess)
-        low, high = (guess, high) if kept[guess] < target else (low, guess)
-        if (
-            abs(kept[closest(kept, target)] - target) <= max(0.5, 1e-4 * total)
-            or high - low <= 2e-7
-        ):
-            break
-        way = 0.5
-        if len(kept) % 2:
-            way = np.log(target / kept[low]) / np.log(kept.get(high, total) / kept[low])
-        guess = round(low + (high - low) * float(np.clip(way, 0.05, 0.95)), 8)
-    return closest(kept, target)
+        if kept[guess] < target:
+            low = guess
+        else:
+            high = guess
+        missed = abs(kept[closest(kept, target)] - target)
+        if missed <= max(0.5, 1e-4 * total) or high - low <= 2e-7:
+            return closest(kept, target)
+        step = 0.5
+        if interpolate:
+            kept_high = kept.get(high, total)
+            step = float(np.log(target / kept[low]) / np.log(kept_high / kept[low]))
+        guess = round(low + (high - low) * min(max(step, 0.05), 0.95), 8)
+
+
+# --- The dose: what the paper's hypothesis is about.
+
+
+def near_duplicates(hashes):
+    """How many of the other slices of a volume differ from each in at most 6 bits of dHash.
+
+    hashes: uint64 [n] -> int [n].
+    """
+    within = [np.count_nonzero(hamming(one, hashes) <= NEAR_DUPLICATE) for one in hashes]
+    return np.array(within) - 1  # itself
+
+
+def expected_dose(hashes, volumes):
+    """Near-duplicates that a kept slice meets among the others of its batch, on average.
+
+    hashes, volumes: dHash and number of the volume of the kept slices, [n]. Only slices of the same
+    volume count. Batches as pretrain.py makes them: a uniformly shuffled order of the kept slices,
+    cut into as many near-equal batches of up to 128 as it takes. Our measure.
+    """
+    n = len(hashes)
+    if n < 2:
+        return 0.0
+    near = sum(near_duplicates(hashes[volumes == volume]).sum() for volume in np.unique(volumes))
+    batch = n / math.ceil(n / BATCH)
+    return float(near / n * (batch - 1) / (n - 1))

@@ -1,129 +1,154 @@
-"""How alike two slices are: SSIM, mutual information, cosine of embeddings. 1 for equal slices, less for others.
+"""How alike two slices are: SSIM, mutual information, cosine of embeddings. 1 for equal slices.
 
-Each function takes the slices of one volume, works out what concerns a single slice, and returns
-measure(first, others): the similarity of slice `first` to every slice of the index array `others`.
+Each measure takes the slices (or features) of one volume, works out what concerns a single slice,
+and returns compare(first, others): the similarity of slice `first` to each slice of the index
+array `others`. For another similarity of pixels, write such a function, name it in MEASURES below,
+and run `reduce.py --strategy NAME --keep 0.1`.
 """
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 SIGMA, RADIUS = 1.5, 5  # pixels: an 11 x 11 Gaussian window (Wang et al. 2004)
+GAUSSIAN = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
+GAUSSIAN /= GAUSSIAN.sum()
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # K1, K2 and the range of 8 bits (Wang et al. 2004)
-ROWS = 24  # rows filtered by one matrix product: the window's matrix is mostly zeros, so small pieces waste less
 BINS = 32  # of the joint histogram, on each axis (our choice)
 
 
-def ssim(slices):
-    """Mean structural similarity over all windows inside the slice (Wang et al. 2004), with population covariance.
+def plain_ssim(x, y):
+    """Mean structural similarity of two slices over all windows inside: the definition, slow.
 
-    slices: uint8 [n, size, size], size at least 11. As scikit-image's structural_similarity with gaussian_weights,
-    sigma 1.5, use_sample_covariance False and data_range 255 gives it, to 1e-5.
+    Wang et al. 2004, equations 13 to 16; as scikit-image's structural_similarity with
+    gaussian_weights, sigma 1.5, use_sample_covariance False and data_range 255.
+    x, y: uint8 [size, size], size at least 11.
     """
-    n, size, _ = slices.shape
-    inside = size - 2 * RADIUS
-    shifts = (32 * np.rint(slices.mean((1, 2)) / 32)).astype(
-        np.int16
-    )  # float32 covariances of values about 0 lose fewer
-    # digits; in coarse steps, so that air, equal in neighbours, stays equal and its rounding errors cancel
-    centered = slices - shifts[:, None, None]
-    means, variances = np.empty((2, n, inside, inside), np.float32)  # of the centered slices
-    product, rows = np.empty((size, size), np.float32), np.empty((inside, size), np.float32)
-    cov, m, mean_i = np.empty(
-        (3, inside, inside), np.float32
-    )  # work space, made once: it stays in the processor's cache
+    weights = np.outer(GAUSSIAN, GAUSSIAN)
 
-    def covariance(x, mean, i):
-        """cov = E[x y] - E[x] E[y] in every window, y being centered slice i."""
-        filtered(np.multiply(x, centered[i], out=product), rows, cov)
-        np.subtract(cov, np.multiply(mean, means[i], out=m), out=cov)
+    def window_means(image):
+        return (weights * sliding_window_view(image, weights.shape)).sum((2, 3))
 
-    for i in range(n):
-        x = centered[i].astype(np.float32)
-        filtered(x, rows, means[i])
-        covariance(x, means[i], i)
-        variances[i] = cov
-
-    def measure(first, others):
-        x, mean = centered[first].astype(np.float32), means[first] + shifts[first]
-        square, variance = mean * mean + np.float32(C1), variances[first] + np.float32(C2)
-
-        def compare(i):
-            """Mean of (2 m + C1) (2 cov + C2) / ((mean^2 + mean_i^2 + C1) (variance + variance_i + C2)), m = mean mean_i."""
-            covariance(x, means[first], i)
-            np.add(cov, C2 / 2, out=cov)
-            np.add(means[i], shifts[i], out=mean_i)
-            np.multiply(mean, mean_i, out=m)
-            np.add(m, C1 / 2, out=m)
-            np.multiply(cov, m, out=cov)
-            np.multiply(mean_i, mean_i, out=m)
-            np.add(m, square, out=m)
-            np.divide(cov, m, out=cov)
-            np.add(variance, variances[i], out=m)
-            np.divide(cov, m, out=cov)
-            return 4 * float(cov.mean())
-
-        return np.array([compare(i) for i in others])
-
-    return measure
-
-
-def filtered(image, rows, out):
-    """Gaussian-weighted means of all windows inside the image, [size, size] -> out, rows and columns exchanged."""
-    filter_rows(image, rows)
-    filter_rows(rows.T, out)
-
-
-def filter_rows(image, out):
-    for top in range(0, len(out), ROWS):
-        piece = out[top : top + ROWS]
-        np.matmul(
-            WINDOW[: len(piece), : len(piece) + 2 * RADIUS],
-            image[top : top + len(piece) + 2 * RADIUS],
-            out=piece,
-        )
-
-
-def window_matrix():
-    """[ROWS, ROWS + 10]: each row holds the 1-D Gaussian window, one place further than the row before."""
-    weights = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
-    matrix = np.zeros((ROWS, ROWS + 2 * RADIUS), np.float32)
-    for row in range(ROWS):
-        matrix[row, row : row + 2 * RADIUS + 1] = weights / weights.sum()
-    return matrix
-
-
-WINDOW = window_matrix()
+    x = x.astype(float)
+    y = y.astype(float)
+    mean_x = window_means(x)
+    mean_y = window_means(y)
+    variance_x = window_means(x * x) - mean_x**2
+    variance_y = window_means(y * y) - mean_y**2
+    covariance = window_means(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
+    return (luminance * structure).mean()
 
 
 def mutual_information(slices):
-    """Normalised mutual information, 2 I(x, y) / (H(x) + H(y)), of the joint histogram of 32 x 32 grey values.
+    """Normalised mutual information, 2 I(x, y) / (H(x) + H(y)), of binned grey values.
 
-    slices: uint8 [n, size, size]. As scikit-learn's normalized_mutual_info_score of the binned pixels gives it: two
-    constant slices count as equal (1), a constant and another as unrelated (0).
+    slices: uint8 [n, size, size]. As scikit-learn's normalized_mutual_info_score of the pixels in
+    32 bins gives it: two constant slices count as equal (1), a constant and another as unrelated
+    (0). Our choice, as are the bins: the paper's are not published.
     """
     binned = (slices // (256 // BINS)).reshape(len(slices), -1)
     pixels = binned.shape[1]
-    count = np.arange(pixels + 1.0)
-    plogp = (
-        -count / pixels * np.log(np.maximum(count, 1) / pixels)
-    )  # by count, so that no logarithm is taken twice
-    entropies = np.array([plogp[np.bincount(x, minlength=BINS)].sum() for x in binned])
+    # -p log p of every count that a bin can have, so that no logarithm is taken twice
+    counts = np.arange(pixels + 1.0)
+    plogp = -counts / pixels * np.log(np.maximum(counts, 1) / pixels)
 
-    def measure(first, others):
+    def entropy(values, bins):
+        return plogp[np.bincount(values, minlength=bins)].sum()
+
+    entropies = np.array([entropy(x, BINS) for x in binned])
+
+    def compare(first, others):
         x = binned[first].astype(np.uint16) * BINS
-        joint = np.array(
-            [plogp[np.bincount(x + binned[other], minlength=BINS**2)].sum() for other in others]
-        )
-        both = entropies[first] + entropies[others]
-        shared = np.maximum(both - joint, 0)
-        return np.divide(2 * shared, both, out=np.ones_like(both), where=both > 0)
+        joint = np.array([entropy(x + binned[other], BINS**2) for other in others])
+        total = entropies[first] + entropies[others]
+        shared = np.maximum(total - joint, 0)
+        return np.divide(2 * shared, total, out=np.ones_like(total), where=total > 0)
 
-    return measure
+    return compare
 
 
 def cosine(features):
     """Cosine of the angle between embeddings: float32 [n, d], of any length but 0."""
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return lambda first, others: features[others] @ features[first]
+    unit = unit_length(features)
+
+    def compare(first, others):
+        return unit[others] @ unit[first]
+
+    return compare
 
 
-MEASURES = {"ssim": ssim, "mi": mutual_information}  # of the pixels, by the name of the strategy
+def unit_length(features):
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+# --- SSIM, fast: plain_ssim to 1e-5, some hundred times as quick. A window's weighted mean is
+# --- separable, so it is a product with a band matrix on each axis; what concerns one slice alone
+# --- (means, variances) is worked out once a volume.
+
+ROWS = 24  # of a band matrix: mostly zeros, so small pieces waste less
+
+
+def ssim(slices):
+    """plain_ssim for the slices of a volume: uint8 [n, size, size], size at least 11."""
+    n, size, _ = slices.shape
+    inside = size - 2 * RADIUS
+    # Covariances in float32 lose fewer digits for values around 0. In coarse steps, so that air,
+    # which is equal in neighbours, stays equal, and its rounding errors cancel.
+    shifts = (32 * np.rint(slices.mean((1, 2)) / 32)).astype(np.int16)
+    centered = slices - shifts[:, None, None]
+    means = np.empty((n, inside, inside), np.float32)  # of the centered slices
+    variances = np.empty((n, inside, inside), np.float32)
+    for i in range(n):
+        x = centered[i].astype(np.float32)
+        means[i] = window_means(x)
+        variances[i] = window_means(x * centered[i]) - means[i] * means[i]
+
+    def compare(first, others):
+        x = centered[first].astype(np.float32)
+        mean_x = means[first] + shifts[first]
+        square_x = mean_x * mean_x + np.float32(C1)
+        variance_x = variances[first] + np.float32(C2)
+
+        def compare_with(i):
+            covariance = window_means(x * centered[i]) - means[first] * means[i]
+            mean_y = means[i] + shifts[i]
+            similarity = (covariance + C2 / 2) * (mean_x * mean_y + C1 / 2)
+            similarity /= mean_y * mean_y + square_x
+            similarity /= variance_x + variances[i]
+            return 4 * float(similarity.mean())
+
+        return np.array([compare_with(i) for i in others])
+
+    return compare
+
+
+def window_means(image):
+    """Gaussian-weighted means of all windows inside an image, rows and columns exchanged.
+
+    float32 [size, size] -> [size - 10, size - 10].
+    """
+    return row_means(row_means(image).T)
+
+
+def row_means(image):
+    """Gaussian-weighted means over 11 rows each: float32 [n, m] -> [n - 10, m]."""
+    means = np.empty((len(image) - 2 * RADIUS, image.shape[1]), np.float32)
+    for top in range(0, len(means), ROWS):
+        piece = means[top : top + ROWS]
+        reach = len(piece) + 2 * RADIUS
+        np.matmul(BAND[: len(piece), :reach], image[top : top + reach], out=piece)
+    return means
+
+
+def band_matrix():
+    """[ROWS, ROWS + 10]: each row holds the 1-D window, one place further than the row before."""
+    matrix = np.zeros((ROWS, ROWS + 2 * RADIUS), np.float32)
+    for row in range(ROWS):
+        matrix[row, row : row + len(GAUSSIAN)] = GAUSSIAN
+    return matrix
+
+
+BAND = band_matrix()
+
+MEASURES = {"ssim": ssim, "mi": mutual_information}  # of pixels, by the name of the strategy

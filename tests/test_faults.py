@@ -1,6 +1,5 @@
 """Kills, full disks and folders that cannot be used: one clear line, and nothing done is lost."""
 
-import json
 import resource
 import signal
 import subprocess
@@ -8,10 +7,8 @@ from functools import partial
 
 import faults
 import pytest
-import torch
 
 from common import toy
-from common.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +61,3 @@ def store(tmp_path_factory, run):
     for strategy in ("hash", "ssim"):
         run("reduce.py", folder / "ct", folder / "out", "--strategy", strategy, "--size", 32)
     return folder
-
-
-def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):
-    """Neither trained on nor overwritten."""
-    flags = ["--arch", "resnet18", "--size", 16, "--steps", 2]
-    for content in (b"", b"junk", b"PK\x03\x04"):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        assert "damaged" in stopped(
-            "pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags
-        )
-        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
-    torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), tmp_path / "run" / "encoder.pt")
-    for content in ("", "{", json.dumps({"settings": 3})):
-        (tmp_path / "run" / "log.jsonl").write_text(content)
-        assert "delete" in stopped(
-            "pretrain.py", store / "out" / "hash-6.csv", tmp_path / "run", *flags
-        )

@@ -1,20 +1,12 @@
 """The real scripts, tiny, in subprocesses, on toy CT."""
 
 import csv
-import json
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from common import reduction, similarity, toy
-from common.encoder import load_encoder
+from common import toy
 from common.tasks import leaks, load_task, split_of
 
 ROOT = Path(__file__).parent.parent
@@ -35,135 +27,6 @@ def made(tmp_path_factory, run):
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """An encoder.pt with random weights."""
-    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
-    torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), path)
-    return path
-
-
-@pytest.mark.parametrize("strategy, threshold", [("ssim", 0.9), ("mi", 0.6), ("embedding", 0.999)])
-def test_similarity_strategies_keep_the_rule(made, run, encoder, strategy, threshold):
-    folder, store = made[0], made[0] / "store"
-    flags = ["--strategy", strategy, "--size", 32] + ["--encoder", encoder] * (
-        strategy == "embedding"
-    )
-    run("reduce.py", folder / "ct", store, *flags, "--threshold", threshold)
-    slices, volumes = (
-        np.load(store / "slices.npy"),
-        [row["volume"] for row in table(store / "slices.csv")],
-    )
-    selection = table(store / f"{strategy}-{threshold}.csv")
-    if strategy == "embedding":
-        with torch.inference_mode():
-            network = load_encoder(encoder, "resnet18", 0).eval()
-            features = network(
-                torch.from_numpy(slices)
-                .float()
-                .div(255)
-                .sub(0.5)
-                .div(0.5)[:, None]
-                .expand(-1, 3, -1, -1)
-            ).numpy()
-    for volume in set(volumes):
-        rows = [i for i, v in enumerate(volumes) if v == volume]
-        if strategy == "embedding":
-            measure = similarity.cosine(features[rows])
-        else:
-            measure = similarity.MEASURES[strategy](slices[rows])
-        kept = [i for i, row in enumerate(rows) if selection[row]["kept"] == "1"]
-        for i, row in enumerate(rows):
-            found = measure(i, kept)
-            first = next((k for k, value in zip(kept, found) if value >= threshold and k < i), i)
-            assert int(selection[row]["representative"]) == rows[first]
-            assert float(selection[row]["similarity"]) == pytest.approx(
-                measure(i, [first])[0], abs=1e-5
-            )
-    assert 0 < sum(row["kept"] == "1" for row in selection) < len(slices)
-    run("reduce.py", folder / "ct", store, *flags, "--keep", 0.25)
-    summary = json.loads((store / f"{strategy}-keep-0.25.json").read_text())
-    assert (
-        abs(summary["kept"] - 0.25 * summary["slices"]) <= 1
-        and summary["settings"]["threshold"] < 1
-    )
-
-
-def test_hash_to_a_budget_and_over_the_data_set(made, run):
-    folder, store = made[0], made[0] / "store"
-    hashes = np.array([int(row["dhash"], 16) for row in table(store / "slices.csv")], np.uint64)
-    kept = {t: len(set(reduction.select_hash(hashes, t))) for t in range(65)}
-    run(
-        "reduce.py",
-        folder / "ct",
-        store,
-        "--strategy",
-        "hash",
-        "--scope",
-        "dataset",
-        "--keep",
-        0.3,
-        "--size",
-        32,
-    )
-    summary = json.loads((store / "hash-keep-0.3-dataset.json").read_text())
-    closest = min(kept.values(), key=lambda count: abs(count - 0.3 * len(hashes)))
-    assert summary["kept"] == kept[summary["settings"]["threshold"]] == closest
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--strategy", "ssim", "--scope", "dataset"], "--scope dataset is for"),
-        (["--strategy", "embedding"], "--encoder belong together"),
-        (["--strategy", "embedding", "--encoder", "nowhere.pt"], "no such file"),
-        (["--strategy", "embedding", "--encoder", "imagenet"], "cannot be downloaded"),
-        (["--strategy", "hash", "--threshold", 2.5], "whole number"),
-        (["--strategy", "mi", "--threshold", 0.5, "--keep", 0.1], "exclude each other"),
-        (["--strategy", "hash", "--keep", 1.5], "not a share"),
-    ],
-)
-def test_wrong_flags_of_reduce_get_one_line(made, stopped, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
-    assert words in stopped("reduce.py", made[0] / "ct", made[0] / "store", "--size", 32, *flags)
-
-
-def test_pretrain_resumes_to_the_same_bytes(made, run, stopped, capsys, tmp_path):
-    """A run stopped half-way (as its checkpoint is on disk) ends like one that was not."""
-    folder, _, _ = made
-    selection = folder / "store" / "hash-6.csv"
-    run("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY)
-    program = (
-        "import pretrain, time; pretrain.SAVE_EVERY = 0; real = pretrain.save\n"
-        "def save(path, state):\n"
-        "    real(path, state)\n"
-        "    if state.get('step') == 3: raise SystemExit(9)\n"
-        "pretrain.save = save; pretrain.main()"
-    )
-    run("-c", program, selection, tmp_path / "b", "--steps", 6, *TINY, ok=False)
-    assert not (tmp_path / "b" / "encoder.pt").exists()
-    assert (
-        "going on at step 3"
-        in run("pretrain.py", selection, tmp_path / "b", "--steps", 6, *TINY).stdout
-    )
-    assert (tmp_path / "a" / "encoder.pt").read_bytes() == (
-        tmp_path / "b" / "encoder.pt"
-    ).read_bytes()
-    assert (
-        stopped("pretrain.py", selection, tmp_path / "a", "--steps", 6, *TINY) == ""
-        and "nothing to do" in capsys.readouterr().out
-    )
-    assert "other settings (steps 6 -> 7)" in stopped(
-        "pretrain.py", selection, tmp_path / "a", "--steps", 7, *TINY
-    )
-    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert {"settings", "versions"} <= set(lines[0]) and lines[-1]["step"] == 6
-    assert set(load_encoder(tmp_path / "a" / "encoder.pt", "resnet18", 0).state_dict()) == set(
-        torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)
-    )
 
 
 def test_evaluate_writes_one_line_a_seed_and_its_scores(tmp_path, run, here):
@@ -290,47 +153,3 @@ def test_bad_input_gets_one_line(tmp_path, stopped, command, words):
 def test_an_error_is_one_line_and_no_traceback(tmp_path, run):
     done = run("reduce.py", tmp_path / "none", tmp_path / "o", "--strategy", "hash", ok=False)
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_ctrl_c_ends_with_one_line(made, tmp_path):
-    command = [
-        sys.executable,
-        "pretrain.py",
-        made[0] / "store" / "hash-6.csv",
-        tmp_path / "run",
-        "--epochs",
-        9999,
-        *TINY,
-    ]
-    heeds = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs start with it ignored
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds
-    )
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert (
-        process.returncode == 1
-        and stderr.splitlines()[-1].startswith("stopped:")
-        and "Traceback" not in stderr
-    )
-    assert (
-        not list((tmp_path / "run").glob("*.unfinished"))
-        and not (tmp_path / "run" / ".lock").exists()
-    )
-
-
-def test_a_reproduction_of_the_row_that_needs_another(tmp_path, run):
-    """Embedding selects with the encoder of ALL, so that is pre-trained first."""
-    command = ["reproduce.sh", "--out", tmp_path / "out", "--rows", "Embedding"]
-    command += ["--pretrain", "--arch resnet18 --size 16 --steps 3 --optimizer adamw"]
-    command += ["--evaluate", "--protocol linear --arch resnet18 --size 32 --seeds 2"]
-    done = run(*command, program="bash")
-    text = (tmp_path / "out" / "tables.md").read_text()
-    assert text in done.stdout and "| Embedding |" in text and "pretrain-ALL-0" in done.stdout
-    assert len(table(tmp_path / "out" / "results.csv")) == 2 * 2
-    again = run(*command, program="bash")
-    assert "pretrain-" not in again.stdout and text in again.stdout

@@ -11,7 +11,8 @@ from common import hashing, reduction, similarity
 
 
 def slices_like_ct(size=64, n=8):
-    """Smooth blobs that drift from slice to slice on air, then what is hard: constant, noisy, bright, two-valued slices."""
+    """Smooth blobs that drift from slice to slice on air, then what is hard: constant, noisy,
+    bright, two-valued slices."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / size - 0.5
     body = [
@@ -51,29 +52,31 @@ def slow_ssim(a, b):
 
 def test_ssim_is_that_of_the_paper():
     slices = slices_like_ct(size=40)
-    measure, everything = similarity.ssim(slices), np.arange(len(slices))
+    compare = similarity.ssim(slices)
     for i in (0, 3, 8, 9, 10, 11, 12):
-        assert measure(i, everything) == pytest.approx(
-            [slow_ssim(slices[i], s) for s in slices], abs=1e-5
-        )
+        expected = [slow_ssim(slices[i], s) for s in slices]
+        assert compare(i, np.arange(len(slices))) == pytest.approx(expected, abs=1e-5)
+        plain = [similarity.plain_ssim(slices[i], s) for s in slices]
+        assert plain == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [11, 12, 35, 224])
 def test_ssim_of_a_slice_with_itself_is_1_at_any_size(size):
     slices = slices_like_ct(size=size, n=2)
-    assert [similarity.ssim(slices)(i, [i])[0] for i in range(len(slices))] == pytest.approx(
-        np.ones(len(slices)), abs=1e-6
-    )
+    compare = similarity.ssim(slices)
+    with_itself = [compare(i, [i])[0] for i in range(len(slices))]
+    assert with_itself == pytest.approx(np.ones(len(slices)), abs=1e-6)
 
 
 def test_mutual_information_is_that_of_scikit_learn():
     slices = slices_like_ct()
-    measure, everything = similarity.mutual_information(slices), np.arange(len(slices))
+    compare = similarity.mutual_information(slices)
+    everything = np.arange(len(slices))
     for i in everything:
         expected = [
             normalized_mutual_info_score(slices[i].ravel() // 8, s.ravel() // 8) for s in slices
         ]
-        assert measure(i, everything) == pytest.approx(expected, abs=1e-9)
+        assert compare(i, everything) == pytest.approx(expected, abs=1e-9)
 
 
 def test_cosine():
@@ -88,35 +91,52 @@ def test_cosine():
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 1.1])
 def test_greedy_is_the_plain_loop_for_a_similarity(threshold):
     slices = slices_like_ct(n=20)[np.random.default_rng(1).permutation(25)]
-    measure = similarity.mutual_information(slices)
-    remaining, expected = list(range(25)), {}
+    compare = similarity.mutual_information(slices)
+    remaining = list(range(25))
+    expected = {}
     while remaining:
         first = remaining[0]
-        gone = [i for i in remaining if i == first or measure(first, [i])[0] >= threshold]
-        expected |= {i: (first, measure(first, [i])[0]) for i in gone}
-        remaining = [i for i in remaining if i not in gone]
-    representative, values = reduction.greedy(25, measure, lambda found: found >= threshold)
+        for i in remaining.copy():
+            found = compare(first, [i])[0]
+            if i == first or found >= threshold:
+                expected[i] = first, found
+                remaining.remove(i)
+    representative, values = reduction.select_similar(25, compare, threshold)
     assert representative.tolist() == [expected[i][0] for i in range(25)]
     assert values.tolist() == [expected[i][1] for i in range(25)]
 
 
+@pytest.mark.parametrize("threshold", [-1, 0.5, 0.8, 0.9, 0.97, 1.1])
+@pytest.mark.parametrize("n", [1, 16, 600])
+def test_embeddings_block_by_block_are_selected_as_by_greedy(monkeypatch, n, threshold):
+    """600 embeddings that drift, as along z, in blocks of 16: 38 blocks, each part 256 long."""
+    monkeypatch.setattr(reduction, "BLOCK", 16)
+    features = np.random.default_rng(0).normal(size=(n, 24)).cumsum(0).astype(np.float32)
+    compare = similarity.cosine(features)
+    cosines = np.array([compare(i, np.arange(n)) for i in range(n)])
+    assert np.abs(cosines - threshold).min() > 1e-6, "rounding must not decide"
+    expected, values = reduction.select_similar(n, compare, threshold)
+    representative, cosine = reduction.select_embeddings(features, threshold)
+    assert representative.tolist() == expected.tolist()
+    assert cosine == pytest.approx(values, abs=1e-6)
+    if n == 600 and threshold >= 0.9:
+        assert len(set(expected)) > 16, "more than a block of slices stay"
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 3, 6, 10, 20])
 def test_the_index_over_hashes_changes_no_selection(threshold):
-    """5,000 hashes, clustered as those of 40 volumes; above 4,096 select_hash uses the index up to 10 bits."""
+    """5,000 hashes, clustered as those of 40 volumes: above 4,096 select_hash uses the index up to
+    10 bits."""
     rng = np.random.default_rng(threshold)
     turns = rng.random((5000, 64)) < 0.03
     turns[::125] = rng.random((40, 64)) < 0.3  # near enough that volumes overlap
-    hashes = (
-        np.packbits(np.logical_xor.accumulate(turns, 0), axis=1)
-        .view(">u8")
-        .ravel()
-        .astype(np.uint64)
-    )
-    brute, _ = reduction.greedy(
-        5000,
-        lambda i, others: hashing.hamming(hashes[i], hashes[others]),
-        lambda b: b <= threshold,
-    )
+    packed = np.packbits(np.logical_xor.accumulate(turns, 0), axis=1)
+    hashes = packed.view(">u8").ravel().astype(np.uint64)
+
+    def compare(first, others):
+        return hashing.hamming(hashes[first], hashes[others])
+
+    brute, _ = reduction.greedy(5000, compare, lambda bits: bits <= threshold)
     assert reduction.select_hash(hashes, threshold).tolist() == brute.tolist()
 
 

@@ -11,15 +11,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import imagehash
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless
 
-from common import ct, dicom, files, hashing, store, toy
+from common import dicom, files, hashing, store, toy
 from common.files import exclusive
 
 ROOT = Path(__file__).parent.parent
@@ -48,40 +46,6 @@ def copied(made, tmp_path):
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_reduce_writes_the_contract(made):
-    folder, cut, stdout = made
-    out = folder / "store"
-    slices = np.load(out / "slices.npy")
-    rows = table(out / "slices.csv")
-    selection = table(out / "hash-6.csv")
-    n_files = len(list((folder / "ct").rglob("*.dcm")))
-    assert slices.shape == (n_files - 1, 32, 32) and slices.dtype == np.uint8
-    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"]
-    assert list(selection[0]) == ["row", "kept", "representative", "similarity"]
-    assert len(rows) == len(selection) == len(slices)
-    [skipped] = table(out / "skipped.csv")
-    assert skipped["file"] == cut.relative_to(folder / "ct").as_posix()
-    assert "pixel data" in skipped["reason"] and "1 file skipped" in stdout
-    hashes = [imagehash.hex_to_hash(row["dhash"]) for row in rows]
-    for row, line in zip(rows, selection):
-        representative = int(line["representative"])
-        assert row["volume"] == rows[representative]["volume"]
-        assert selection[representative]["kept"] == "1"
-        assert int(line["similarity"]) == hashes[int(row["row"])] - hashes[representative] <= 6
-        assert (line["kept"] == "1") == (representative == int(line["row"]))
-        slice8 = ct.read_slice(folder / "ct" / row["file"])
-        assert row["dhash"] == str(imagehash.dhash(Image.fromarray(slice8)))
-    for volume in {row["volume"] for row in rows}:
-        positions = [float(row["position"]) for row in rows if row["volume"] == volume]
-        assert np.all(np.diff(positions) > 0)
-    summary = json.loads((out / "hash-6.json").read_text())
-    assert summary["slices"] == len(slices)
-    assert summary["kept"] == sum(line["kept"] == "1" for line in selection)
-    text = "".join(file.read_text() for file in out.glob("*.[cj]s*"))
-    assert "TOY" not in text  # no patient's name
-    assert Image.open(out / "hash-6.png").width > 1000
 
 
 def test_the_store_is_reused_and_a_changed_ct_folder_is_noticed(made, run):
