@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import Normalize
 
 from common import toy
-from common.encoder import IMAGENET_STATISTICS, encoder_hash, features, load_encoder
+from common.encoder import IMAGENET_MEAN, IMAGENET_STD, encoder_hash, features, load_encoder
 from common.tables import read_results
 
 
@@ -37,7 +37,7 @@ def test_evaluate_gives_the_seeds_the_encoders_in_turns(tmp_path, stopped, here)
     assert "leaves some of the 3 encoders unused" in stopped(*common, 2)
 
 
-@pytest.mark.parametrize("statistics", [((0.5,) * 3, (0.5,) * 3), IMAGENET_STATISTICS])
+@pytest.mark.parametrize("statistics", [((0.5,) * 3, (0.5,) * 3), (IMAGENET_MEAN, IMAGENET_STD)])
 def test_features_are_those_of_the_plain_forward(statistics):
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32), dtype=np.uint8)
     network = load_encoder("scratch", "resnet18", 0).train()
