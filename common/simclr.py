@@ -186,3 +186,10 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+
+
+def bf16_pays(device):
+    """Whether the hardware multiplies bf16 natively; elsewhere it would only be emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,31 +1,11 @@
 """results.csv, the scores beside it, and the Markdown tables made from them, with the paper's numbers."""
 
-import csv
-from pathlib import Path
-
 import numpy as np
 
 from common import auc
 from common.files import fail
+from common.results import read_results, scores_file
 
-COLUMNS = [
-    "task",
-    "name",
-    "encoder",
-    "protocol",
-    "seed",
-    "train",
-    "val",
-    "test",
-    "auc",
-    "f1",
-    "accuracy",
-    "seconds",
-    "slices",
-    "steps",
-    "pretrain_seconds",
-    "settings",
-]
 BUDGET = "Hash-6"  # rows that kept as many slices as this one make a table of their own
 
 ABSTRACT = [
@@ -48,29 +28,6 @@ DRAFT = {  # AUC in %, drafts of the authors' charts: COVID after PET-CT, LIDC; 
     "Hash-12": (81.18, 81.12, 76.76, 79.81),
     "HashAll": (81.70, 82.57, 78.73, 86.76),
 }
-
-
-def read_results(path):
-    """results.csv as a list of dicts of strings; empty where there is no file."""
-    if not Path(path).is_file():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            fail(
-                f"{path}: not a results file of evaluate.py: its columns must be {','.join(COLUMNS)}"
-            )
-        return list(reader)
-
-
-def scores_file(results, row):
-    """Where the test scores of a line lie: results-scores/TASK-NAME-PROTOCOL-SEED.npz beside results.csv."""
-    return scores_folder(results) / "{task}-{name}-{protocol}-{seed}.npz".format(**row)
-
-
-def scores_folder(results):
-    results = Path(results)
-    return results.with_name(f"{results.stem}-scores")
 
 
 def tables(results, baseline="ALL"):
