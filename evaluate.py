@@ -1,21 +1,27 @@
 """Evaluate encoders on a downstream classification task, and print the tables.
 
-    python evaluate.py covid-ct DATA --encoder RUN/encoder.pt --results results.csv    # one line a seed
-    python evaluate.py covid-ct DATA --encoder scratch --results results.csv
-    python evaluate.py tables results.csv                                              # Markdown
+    python evaluate.py covid-ct DATA --encoder RUN/encoder.pt --results results.csv    # fine-tuning
+    python evaluate.py organ DATA --encoder scratch --results results.csv \\
+        --protocol linear --label-share 0.01 0.1 1       # frozen features, few labels
+    python evaluate.py head-ct DATA --encoder RUN/encoder.pt --results results.csv \\
+        --protocol linear --folds 5 --repeats 10         # all images tested, for small sets
+    python evaluate.py images DATA ...                   # your own, listed in DATA/labels.csv
+    python evaluate.py tables results.csv                # Markdown
+    python evaluate.py figure results.csv FIGURE.svg
 
-Lines that results.csv already holds for the same encoder, settings and data are not computed again. The test scores
-are kept in results-scores/, so that any two rows can be compared image by image; near-duplicates-TASK.csv there names the
-test images that look like a training image.
+Lines that results.csv already holds for the same encoder, settings, data and code are not computed
+again; several evaluations may write to one results.csv at the same time. The test scores are kept
+in results-scores/, so that any two rows can be compared image by image; near-duplicates-TASK.csv
+there names the images that look alike.
 """
 
 import argparse
-import csv
+import hashlib
 import json
+import math
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,69 +34,416 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, features, input_statistics, load_encoder
-from common.files import atomic_write, csv_line, exclusive, fail, run_script
-from common.tables import COLUMNS, read_results, scores_file, scores_folder, tables
-from common.tasks import DUPLICATE_BITS, leaks, load_task, near_pairs, split_of
+from common.files import atomic_write, code_digest, csv_line, fail, locked, run_script
+from common.results import KEY, read_results, same, scores_folder, write_line
+from common.tables import tables
+from common.tasks import (
+    DUPLICATE_BITS,
+    TASKS,
+    checked_folds,
+    leaks,
+    load_task,
+    near_pairs,
+    split_of,
+)
 
-TASKS = ["covid-ct", "organ", "head-ct", "toy-lesion", "toy-organ"]
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
+FIXED_C = 1e-2  # where no validation split is used: within 0.01 of the best C on all three tasks
+CODE = [  # the files that decide a line; what others decide (images, groups) is in data's digest
+    "evaluate.py",
+    "common/auc.py",
+    "common/encoder.py",
+    "common/simclr.py",
+    "common/tasks.py",
+]
 
 
 def main():
-    if sys.argv[1:2] == ["tables"]:
-        return print_tables(sys.argv[2:])
+    if sys.argv[1:2] in (["tables"], ["figure"]):
+        return print_results(sys.argv[1], sys.argv[2:])
     args = parse_args()
+    code = digest_of_code()
+    refuse_lines_of_other_code(args, code)
     task = load_task(args.task, args.data, args.size)
-    with exclusive(scores_folder(args.results)):
-        evaluate(args, task)
+    folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
+    for source in set(args.encoder):  # a wrong file is refused before hours with the others
+        load_encoder(source, args.arch, seed=0)
+    report_task(args, task)
+    for seed, source in seeds_and_encoders(args):
+        missing = []
+        for row in plan(args, task, seed, source, code):
+            if is_done(args.results, row):
+                print(f"{title(row)}: done before")
+            else:
+                missing.append(row)
+        if missing and args.protocol == "finetune":
+            evaluate_finetuned(args, task, missing[0], source)
+        elif missing:
+            evaluate_features(args, task, missing, source, folds)
 
 
-def evaluate(args, task):
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if args.device == "auto"
-        else torch.device(args.device)
-    )
-    settings, probed = (
-        describe(args, task),
-        {},
-    )  # probed: test probabilities of seeds to come, by linear
-    report_duplicates(args, task)
-    for source in args.encoder:  # a wrong file is refused before hours of training with the others
-        load_encoder(source, args.arch, 0)
-    for seed in range(args.seeds):
-        source = args.encoder[seed % len(args.encoder)]
+def plan(args, task, seed, source, code):
+    """The lines of one encoder, as far as they are known before the evaluation."""
+    settings = {"arch": args.arch, "size": args.size}
+    variants = []  # label share, folds, settings
+    if args.protocol == "finetune":
+        for name in ("epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"):
+            settings[name] = getattr(args, name)
+        variants.append(("1", "", {}))
+    elif args.folds:
+        variants.append(("1", f"{args.folds}x{args.repeats}", {"c": FIXED_C}))
+    else:
+        for share in args.label_share:
+            choice = {"c": FIXED_C, "draws": args.draws} if share < 1 else {"c": "validation"}
+            variants.append((f"{share:g}", "", choice))
+    rows = []
+    for share, folds, choice in variants:
+        found = settings | choice | {"data": task.digest}
         row = {
             "task": args.task,
             "name": args.name,
             "encoder": encoder_hash(source),
             "protocol": args.protocol,
             "seed": seed,
-            "settings": settings,
+            "label_share": share,
+            "folds": folds,
+            "settings": " ".join(f"{key}={value}" for key, value in found.items()),
+            "code": code,
         }
-        if is_done(args.results, row):
-            print(f"{args.task} {args.name} {args.protocol} seed {seed}: done before")
-            continue
+        rows.append(row | pretraining(source))
+    return rows
+
+
+def evaluate_finetuned(args, task, row, source):
+    started = time.perf_counter()
+    split = split_of(task)
+    encoder = load_encoder(source, args.arch, row["seed"])
+    probabilities = finetune(encoder, task, split, row["seed"], args, args.device)
+    row |= {part: len(rows) for part, rows in split.items()}
+    seconds = time.perf_counter() - started
+    finish_line(args, task, row, split["test"], probabilities, seconds)
+
+
+def evaluate_features(args, task, rows, source, folds):
+    """Compute an encoder's features once, then the linear probe of each line."""
+    started = time.perf_counter()
+    encoder = load_encoder(source, args.arch, rows[0]["seed"])
+    statistics = input_statistics(source)
+    batches = features(encoder, task.images, statistics, args.device, f"{args.name} features")
+    found = np.concatenate(list(batches))
+    featured = time.perf_counter() - started
+    for row in rows:
         started = time.perf_counter()
-        split = split_of(task, seed)
-        if args.protocol == "finetune":
-            probabilities = finetune(
-                load_encoder(source, args.arch, seed), task, split, seed, args, device
-            )
+        if row["folds"]:
+            tested, probabilities = probe_folds(found, task, row, folds)
+        elif row["label_share"] != "1":
+            tested, probabilities = probe_draws(found, task, row, args.draws)
         else:
-            if seed not in probed:
-                same = [seed] if source == "scratch" else range(seed, args.seeds, len(args.encoder))
-                probed |= probe(source, task, same, args, device)
-            probabilities = probed.pop(seed)
-        row |= {part: len(rows) for part, rows in split.items()} | pretraining(source)
-        row |= {
-            k: f"{v:.5f}" for k, v in auc.metrics(task.labels[split["test"]], probabilities).items()
-        }
-        row["seconds"] = f"{time.perf_counter() - started:.1f}"
-        write_row(args.results, row, split["test"], task.labels[split["test"]], probabilities)
+            tested, probabilities = probe_split(found, task, row)
+        seconds = featured + time.perf_counter() - started
+        finish_line(args, task, row, tested, probabilities, seconds)
+
+
+def finish_line(args, task, row, tested, probabilities, seconds):
+    """Measure the test probabilities, write the line and its scores, and print it."""
+    labels = task.labels[tested]
+    repeats = 1
+    if probabilities.ndim == 3:
+        repeats = args.repeats if row["folds"] else len(probabilities)
+    row |= measure(labels, probabilities, repeats)
+    row["seconds"] = f"{seconds:.1f}"
+    write_line(args.results, row, tested, labels, task.groups[tested], probabilities)
+    spread = f" (SD {row['auc_sd']})" if row["auc_sd"] else ""
+    print(
+        f"{title(row)}: AUC {row['auc']}{spread}  F1 {row['f1']}  accuracy {row['accuracy']}  "
+        f"{row['seconds']} s",
+        flush=True,
+    )
+
+
+def title(row):
+    text = f"{row['task']} {row['name']} {row['protocol']}"
+    if row["label_share"] != "1":
+        text += f" labels {row['label_share']}"
+    if row["folds"]:
+        text += f" folds {row['folds']}"
+    return f"{text} seed {row['seed']}"
+
+
+def measure(labels, probabilities, repeats):
+    """{"auc", "auc_sd", "f1", "accuracy"} as text: means over the parts of a line.
+
+    labels: int [n]. probabilities: [n, classes], or [parts, n, classes] where NaN marks images that
+    a part does not test. repeats: consecutive parts are of one repeat; the SD is over repeats.
+    """
+    parts = probabilities.reshape(-1, *probabilities.shape[-2:])
+    measured = []
+    for part in parts:
+        tested = ~np.isnan(part[:, 0])
+        measured.append(auc.metrics(labels[tested], part[tested]))
+    found = {key: f"{np.mean([m[key] for m in measured]):.5f}" for key in measured[0]}
+    of_repeats = np.reshape([m["auc"] for m in measured], (repeats, -1)).mean(1)
+    found["auc_sd"] = f"{of_repeats.std(ddof=1):.5f}" if repeats > 1 else ""
+    return found
+
+
+def probe_split(features, task, row):
+    """Logistic regression on standardised frozen features, C by validation AUC.
+
+    Returns the tested images and their probabilities, [test, classes]; fills in the row's sizes.
+    All of C_GRID is tried: to stop at the first drop in validation AUC chose far too small a C on
+    head-ct, whose 40 validation images make AUC jump. Beyond 5,000 images the fit stops at ten
+    times scikit-learn's tolerance (our choice): a quarter of the time on organ, AUC the same to
+    0.0003; on small sets that would change which C is best.
+    """
+    split = split_of(task)
+    train, val, test = split["train"], split["val"], split["test"]
+    row |= {"train": len(train), "val": len(val), "test": len(test)}
+    scaled = StandardScaler().fit(features[train]).transform(features)
+    tolerance = 1e-4 if len(train) < 5000 else 1e-3
+    model = LogisticRegression(max_iter=2000, warm_start=True, tol=tolerance)
+    best, best_auc = None, -1.0
+    with threadpool_limits(1, "blas"):  # more threads cost more than they bring on these matrices
+        for c in C_GRID:
+            model.set_params(C=c).fit(scaled[train], task.labels[train])
+            value = auc.metrics(task.labels[val], model.predict_proba(scaled[val]))["auc"]
+            if value > best_auc:
+                best, best_auc = model.predict_proba(scaled[test]), value
+    return test, best
+
+
+def probe_draws(features, task, row, draws):
+    """The probe trained on draws of the row's label share, C fixed.
+
+    Returns the tested images and their probabilities, [draws, test, classes]. Features are
+    standardised over all training images, which needs no labels (our choice).
+    """
+    split = split_of(task)
+    share = float(row["label_share"])
+    drawn = [draw_labels(task, split["train"], share, draw) for draw in range(draws)]
+    row |= {"train": len(drawn[0]), "val": 0, "test": len(split["test"])}
+    scaled = StandardScaler().fit(features[split["train"]]).transform(features)
+    found = [fit_and_predict(scaled, task, rows, split["test"]) for rows in drawn]
+    return split["test"], np.stack(found)
+
+
+def draw_labels(task, train, share, draw):
+    """Rows of a stratified share of the training images, at least one a class.
+
+    The same for every encoder: they depend on the number of the draw only.
+    """
+    rng = np.random.default_rng(draw)
+    drawn = []
+    for label in range(len(task.classes)):
+        members = rng.permutation(train[task.labels[train] == label])
+        drawn.append(members[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(drawn))
+
+
+def probe_folds(features, task, row, folds):
+    """Repeated cross-validation over all images, C fixed.
+
+    folds: for each repeat the rows of each fold. Returns all images and their probabilities,
+    [repeats x folds, N, classes], NaN outside a part's fold. Features are standardised over the
+    training folds.
+    """
+    everything = np.arange(len(task.labels))
+    parts = []
+    for repeat in folds:
+        for rows in repeat:
+            train = np.setdiff1d(everything, rows)
+            scaled = StandardScaler().fit(features[train]).transform(features)
+            part = np.full((len(everything), len(task.classes)), np.nan, np.float32)
+            part[rows] = fit_and_predict(scaled, task, train, rows)
+            parts.append(part)
+    row |= {"train": len(train), "val": 0, "test": len(everything)}
+    return everything, np.stack(parts)
+
+
+def fit_and_predict(scaled, task, train, test):
+    """Logistic regression with FIXED_C on the rows train; probabilities of test, [n, classes]."""
+    model = LogisticRegression(C=FIXED_C, max_iter=2000)
+    with threadpool_limits(1, "blas"):
+        return model.fit(scaled[train], task.labels[train]).predict_proba(scaled[test])
+
+
+def finetune(encoder, task, split, seed, args, device):
+    """The paper's protocol: encoder and linear layer, the encoder frozen at first.
+
+    The best epoch by validation accuracy tests. Returns probabilities, float32 [test, classes].
+    Repeatable: a GPU uses deterministic convolutions.
+    """
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    model = nn.Sequential(encoder, nn.Linear(encoder.inplanes, len(task.classes)))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.from_numpy(split["train"])
+    validation_labels = task.labels[split["val"]]
+    best, best_accuracy = None, -1.0
+    for epoch in tqdm(range(args.epochs), f"{args.name} seed {seed}", unit="epoch"):
+        freeze(encoder, epoch < args.freeze_epochs)
+        shuffled = train[torch.randperm(len(train), generator=generator)]
+        train_epoch(model, optimizer, task, shuffled, generator, args, device)
+        predicted = predict(model, task, split["val"], args, device).argmax(1)
+        accuracy = (predicted == validation_labels).mean()
+        if accuracy > best_accuracy:
+            best_accuracy = accuracy
+            best = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    return predict(model, task, split["test"], args, device)
+
+
+def freeze(encoder, frozen):
+    """Frozen means all but batch norm, as Lightning's BackboneFinetuning does (official code)."""
+    for module in encoder.modules():
+        trained = not frozen or isinstance(module, nn.BatchNorm2d)
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(trained)
+
+
+def train_epoch(model, optimizer, task, rows, generator, args, device):
+    """One pass over the rows, in this order, in batches of as equal size as can be."""
+    model.train()
+    labels = torch.from_numpy(task.labels)
+    for batch in rows.tensor_split(math.ceil(len(rows) / args.batch_size)):
+        flip = torch.zeros(len(batch), dtype=torch.bool)
+        if task.vertical_flip:
+            flip = torch.rand(len(batch), generator=generator) < 0.5
+        outputs = forward(model, task, batch, flip, args, device)
+        loss = nn.functional.cross_entropy(outputs, labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.inference_mode()
+def predict(model, task, rows, args, device):
+    """Probabilities of the rows, float32 [n, classes]."""
+    model.eval()
+    found = []
+    for batch in torch.from_numpy(rows).split(256):
+        flip = torch.zeros(len(batch), dtype=torch.bool)
+        found.append(forward(model, task, batch, flip, args, device).softmax(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def forward(model, task, rows, flip, args, device):
+    """Outputs of the model for rows of the task, float32 [n, classes]; flip: bool [n], vertical."""
+    grey = torch.from_numpy(task.images)[rows]
+    grey = torch.where(flip[:, None, None], grey.flip(1), grey)
+    inputs = simclr.to_input(grey.to(device).float() / 255, task.mean, task.std)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        return model(inputs).float()
+
+
+def pretraining(source):
+    """Of the run that made the encoder, from the log beside it: columns of results.csv.
+
+    Slices kept, optimiser steps, dose (mean over steps) and seconds; empty without a log.
+    """
+    log = Path(source).parent / "log.jsonl"
+    if source in ("scratch", "imagenet") or not log.is_file():
+        return {"slices": "", "steps": "", "dose": "", "pretrain_seconds": ""}
+    first, *epochs = [json.loads(line) for line in log.read_text().splitlines()]
+    dose = ""
+    if epochs and all("dose" in line for line in epochs):  # older logs have none
+        steps = np.diff([0, *(line["step"] for line in epochs)])
+        dose = f"{np.average([line['dose'] for line in epochs], weights=steps):.4f}"
+    return {
+        "slices": first["settings"]["slices"],
+        "steps": first["settings"]["steps"],
+        "dose": dose,
+        "pretrain_seconds": f"{sum(line['seconds'] for line in epochs):.1f}",
+    }
+
+
+def digest_of_code():
+    """8 hex digits over CODE."""
+    digests = "".join(code_digest(*CODE).values())
+    return hashlib.sha256(digests.encode()).hexdigest()[:8]
+
+
+def refuse_lines_of_other_code(args, code):
+    """Rows of one task are compared with each other, so the same code must have made them."""
+    for row in read_results(args.results):
+        if row["task"] == args.task and row["code"] != code:
+            fail(
+                f"{args.results}: its lines of {args.task} were made by other code "
+                f"({', '.join(CODE)}): give another --results, or delete those lines"
+            )
+
+
+def is_done(results, row):
+    """Whether results.csv, as it is now, holds the line."""
+    keys = [*KEY, "encoder", "settings", "code"]
+    return any(same(old, row, keys) for old in read_results(results))
+
+
+def report_task(args, task):
+    """Print what the task holds and which images are not independent; list near-duplicates."""
+    n = len(task.labels)
+    groups = len(np.unique(task.groups))
+    print(f"{args.task}: {n} images, {groups} groups, classes {', '.join(task.classes)}")
+    if len(task.classes) == 2:
+        print(f"{args.task}: AUC and F1 are those of class {task.classes[1]}")
+    split = split_of(task)
+    test = split["test"]
+    if task.split is None:
+        columns = ["image", "other", "bits"]
+        pairs = near_pairs(task.hashes)
+        together = 0
+        for one, other, _ in pairs:
+            together += sum(one in rows and other in rows for rows in split.values())
         print(
-            f"{args.task} {args.name} {args.protocol} seed {seed}: AUC {row['auc']}  F1 {row['f1']}  accuracy {row['accuracy']}"
+            f"{args.task}: the split keeps groups on one side, and with them {together} of "
+            f"{len(pairs)} pairs of near-duplicates"
         )
+    else:
+        columns = ["test", "train", "bits"]
+        pairs = leaks(task, split)
+        others = task.groups[np.concatenate([split["train"], split["val"]])]
+        shared = np.isin(task.groups[test], others).sum()
+        print(
+            f"{args.task}: {len(pairs)} of {len(test)} test images have a near-duplicate among "
+            f"the training images, {shared} are of a group of the training or validation images"
+        )
+    path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
+    with locked(args.results), atomic_write(path, text=True) as file:
+        csv_line(file, columns)
+        for one, other, bits in pairs:
+            csv_line(file, [task.names[one], task.names[other], bits])
+    print(f"{args.task}: near-duplicates (dHash within {DUPLICATE_BITS} bits) are in {path}")
+    if args.folds:
+        print(
+            f"{args.task}: {args.folds} folds of whole groups. The {args.repeats} repeats average "
+            f"out the luck of the split; they are no new data: it is the same {n} images"
+        )
+
+
+def seeds_and_encoders(args):
+    """(seed, encoder) of each line.
+
+    Fine-tuning: --seeds lines, the encoders in turns. Linear: --seeds random weights, or a line an
+    encoder, whose seed is that of its pre-training where the logs beside the encoders tell it.
+    """
+    if args.protocol == "finetune":
+        return [(seed, args.encoder[seed % len(args.encoder)]) for seed in range(args.seeds)]
+    if args.encoder == ["scratch"]:
+        return [(seed, "scratch") for seed in range(args.seeds)]
+    seeds = [pretraining_seed(source) for source in args.encoder]
+    if None in seeds or len(set(seeds)) < len(seeds):
+        seeds = range(len(args.encoder))
+    return list(zip(seeds, args.encoder))
+
+
+def pretraining_seed(source):
+    """The seed of the run that made the encoder; None without a log beside it."""
+    log = Path(source).parent / "log.jsonl"
+    if not log.is_file():
+        return None
+    return json.loads(log.read_text().splitlines()[0])["settings"].get("seed")
 
 
 def parse_args():
@@ -98,23 +451,18 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables results.csv")
-    add(
-        "data",
-        type=Path,
-        metavar="DATA",
-        help="the task's folder (organ and the toy tasks: or its npz)",
-    )
+    add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables, figure")
+    add("data", type=Path, metavar="DATA", help="the task's folder (npz tasks: or its file)")
     add(
         "--encoder",
         required=True,
         nargs="+",
-        help="encoder.pt, scratch or imagenet; several (seeds of pre-training) take turns",
+        help="encoder.pt, scratch or imagenet; several are the seeds of pre-training of one row",
     )
     add("--results", type=Path, required=True, help="CSV to add lines to")
     add(
         "--name",
-        help="row of the tables (default: the encoder's folder); the row named ALL is the one compared to",
+        help="row of the tables (default: the encoder's folder); ALL is the one compared to",
     )
     add(
         "--protocol",
@@ -126,16 +474,26 @@ def parse_args():
         "--seeds",
         type=int,
         default=5,
-        help="lines: each its own head and order (finetune), nine tenths of the training "
-        "images (linear), random weights (scratch) and split (head-ct)",
+        help="finetune: lines, each with its own head and order, the encoders taking turns; "
+        "scratch: random weights; linear otherwise makes one line an encoder",
     )
     add("--arch", choices=simclr.ARCHS, default="resnet50", help="default: the paper's")
+    add("--size", type=int, default=224, help="side of an image in pixels (default: the paper's)")
     add(
-        "--size",
-        type=int,
-        default=224,
-        help="side of an image in pixels (default: the paper's 224)",
+        "--label-share",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="F",
+        help="linear: train on this share of the training labels; several: a line each",
     )
+    add("--draws", type=int, default=10, help="linear: draws of a label share below 1")
+    add(
+        "--folds",
+        type=int,
+        help="linear: cross-validation over all images instead of the task's split",
+    )
+    add("--repeats", type=int, default=10, help="linear: of the cross-validation")
     add("--epochs", type=int, default=70, help="finetune: default: the paper's 70")
     add(
         "--freeze-epochs",
@@ -146,199 +504,75 @@ def parse_args():
     add("--lr", type=float, default=1e-4, help="finetune: Adam; default: the paper's 1e-4")
     add("--weight-decay", type=float, default=5e-4, help="finetune: default: the paper's 5e-4")
     add("--batch-size", type=int, default=64, help="finetune: default: the paper's 64")
+    add(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="finetune: auto is bfloat16 where the hardware multiplies it natively",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
-    args.name = args.name or (
-        args.encoder[0]
-        if args.encoder[0] in ("scratch", "imagenet")
-        else Path(args.encoder[0]).parent.name
-    )
-    if not re.fullmatch(r"[\w.+-]+", args.name):
-        fail(f"--name {args.name}: use letters, digits and . + - _ only: it names files")
-    if args.seeds < len(args.encoder):
-        fail(
-            f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: give at least as many seeds"
-        )
+    if args.name is None:
+        args.name = args.encoder[0]
+        if args.encoder[0] not in ("scratch", "imagenet"):
+            args.name = Path(args.encoder[0]).parent.name
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(args.device)
+    check_args(args)
+    if args.protocol == "finetune":
+        try:
+            precision = simclr.choose_precision(args.precision, args.device, args.size)
+        except ValueError as error:
+            fail(f"--precision: {error}")
+        args.precision = str(precision).removeprefix("torch.")
     return args
 
 
-def describe(args, task):
-    """The settings that decide a line, and a digest of the data, in words."""
-    names = ["arch", "size"]
+def check_args(args):
+    if not re.fullmatch(r"[\w.+-]+", args.name):
+        fail(f"--name {args.name}: use letters, digits and . + - _ only: it names files")
+    for name in ("seeds", "size", "draws", "repeats", "epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    for share in args.label_share:
+        if not 0 < share <= 1:
+            fail(f"--label-share {share}: not a share: give numbers above 0, at most 1")
+    if args.folds is not None and args.folds < 2:
+        fail(f"--folds {args.folds}: at least 2 are needed")
+    if args.folds and args.label_share != [1.0]:
+        fail("--folds and --label-share exclude each other: give them in two calls")
     if args.protocol == "finetune":
-        names += ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size"]
-    return " ".join(f"{name}={getattr(args, name)}" for name in names) + f" data={task.digest}"
-
-
-def report_duplicates(args, task):
-    """Count the test images with a near-duplicate in the training split, or the pairs that a made split keeps together;
-    list all of them beside the scores."""
-    if task.split is None:
-        columns, pairs = ["image", "other", "bits"], near_pairs(task.hashes)
-        found = f"{len(pairs)} pairs of near-duplicates are kept on one side of every split"
-    else:
-        split = split_of(task, 0)
-        columns, pairs = ["test", "train", "bits"], leaks(task, split)
-        found = f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the training images"
-    path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
-    named = [(task.names[one], task.names[other], bits) for one, other, bits in pairs]
-    with atomic_write(path, text=True) as file:
-        for row in [columns, *named]:
-            csv_line(file, row)
-    example = ": {} and {} ({} bits apart)".format(*named[0]) if named else ""
-    print(f"{args.task}: {found} (dHash within {DUPLICATE_BITS} bits){example}; listed in {path}")
-
-
-def probe(source, task, seeds, args, device):
-    """{seed: test probabilities} of the linear probe: one encoder's features once, then its seeds side by side."""
-    network, label = load_encoder(source, args.arch, seeds[0]), f"{args.name} features"
-    found = np.concatenate(
-        list(features(network, task.images, input_statistics(source), device, label))
-    )
-    # one BLAS thread a seed: on these matrices more threads cost more than they bring, 2 to 9 times on 2 cores
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(
-            zip(
-                seeds,
-                pool.map(
-                    lambda seed: linear(found, task.labels, split_of(task, seed), seed), seeds
-                ),
+        if args.folds or args.label_share != [1.0]:
+            fail("--folds and --label-share are for --protocol linear")
+        if args.seeds < len(args.encoder):
+            fail(
+                f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: "
+                "give at least as many seeds"
             )
-        )
+    elif args.precision != "auto":
+        fail("--precision is for --protocol finetune: features are always in float32")
 
 
-def linear(features, labels, split, seed):
-    """Logistic regression on standardised frozen features; C by validation AUC. Test probabilities [n, classes].
-
-    The fit itself has no randomness, so each seed trains on its own random nine tenths of the training images (our
-    choice): the spread over seeds is then one over training sets. All of C_GRID is tried: to stop at the first drop in
-    validation AUC chose far too small a C on head-ct, whose 40 validation images make AUC jump. Beyond 5,000 images the
-    fit stops at ten times scikit-learn's tolerance (our choice): a quarter of the time on organ, AUC the same to 0.0003;
-    on small sets that would change which C is best.
-    """
-    n = len(split["train"])
-    train = np.sort(np.random.default_rng(seed).permutation(split["train"])[: n - n // 10])
-    scaled = StandardScaler().fit(features[train]).transform(features)
-    model = LogisticRegression(max_iter=2000, warm_start=True, tol=1e-4 if n < 5000 else 1e-3)
-    best, best_auc = None, -1.0
-    for c in C_GRID:
-        model.set_params(C=c).fit(scaled[train], labels[train])
-        value = auc.metrics(labels[split["val"]], model.predict_proba(scaled[split["val"]]))["auc"]
-        if value > best_auc:
-            best, best_auc = model.predict_proba(scaled[split["test"]]), value
-    return best
-
-
-def finetune(encoder, task, split, seed, args, device):
-    """The paper's protocol: encoder and linear layer, frozen encoder first, best epoch by validation accuracy.
-
-    Frozen means all but batch norm, as Lightning's BackboneFinetuning does it (official code). Test probabilities.
-    """
-    torch.manual_seed(seed)
-    width = encoder(torch.zeros(2, 3, 64, 64)).shape[1]
-    model = nn.Sequential(encoder, nn.Linear(width, task.classes)).to(
-        device, memory_format=torch.channels_last
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    norms = {
-        id(p) for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
-    }
-    labels = torch.from_numpy(task.labels)
-    generator = torch.Generator().manual_seed(seed)
-    train = torch.from_numpy(split["train"])
-    best, best_accuracy = None, -1.0
-    for epoch in tqdm(range(args.epochs), f"{args.name} seed {seed}", unit="epoch"):
-        for p in encoder.parameters():
-            p.requires_grad_(epoch >= args.freeze_epochs or id(p) in norms)
-        model.train()
-        for rows in train[torch.randperm(len(train), generator=generator)].tensor_split(
-            -(-len(train) // args.batch_size)
-        ):
-            inputs = network_input(task, rows, device, task.mean, task.std)
-            if task.vertical_flip:
-                flip = torch.rand(len(rows), generator=generator) < 0.5
-                inputs = torch.where(flip.to(device)[:, None, None, None], inputs.flip(2), inputs)
-            loss = nn.functional.cross_entropy(model(inputs), labels[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        accuracy = (
-            predict(model, task, split["val"], device).argmax(1) == task.labels[split["val"]]
-        ).mean()
-        if accuracy > best_accuracy:
-            best_accuracy = accuracy
-            best = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(best)
-    return predict(model, task, split["test"], device)
-
-
-@torch.inference_mode()
-def predict(model, task, rows, device):
-    model.eval()
-    batches = torch.from_numpy(rows).split(256)
-    return torch.cat(
-        [
-            model(network_input(task, b, device, task.mean, task.std)).softmax(1).cpu()
-            for b in batches
-        ]
-    ).numpy()
-
-
-def network_input(task, rows, device, mean, std):
-    return simclr.to_input(
-        torch.from_numpy(task.images[rows.numpy()]).to(device).float() / 255, mean, std
-    )
-
-
-def pretraining(source):
-    """Slices kept, steps and seconds of the run that made the encoder, from the log beside it; empty without one."""
-    log = Path(source).parent / "log.jsonl"
-    if source in ("scratch", "imagenet") or not log.is_file():
-        return {"slices": "", "steps": "", "pretrain_seconds": ""}
-    first, *epochs = [json.loads(line) for line in log.read_text().splitlines()]
-    seconds = sum(line["seconds"] for line in epochs)
-    return {
-        "slices": first["settings"]["slices"],
-        "steps": first["settings"]["steps"],
-        "pretrain_seconds": f"{seconds:.1f}",
-    }
-
-
-def is_done(results, row):
-    return any(
-        all(old[key] == str(value) for key, value in row.items()) for old in read_results(results)
-    )
-
-
-def write_row(results, row, images, labels, probabilities):
-    """Save the test scores, then add the line, in place of one with the same task, name, protocol and seed."""
-    with atomic_write(scores_file(results, row)) as file:
-        np.savez(file, images=images, labels=labels, probabilities=probabilities.astype(np.float32))
-
-    def same(old):
-        return all(old[key] == str(row[key]) for key in ("task", "name", "protocol", "seed"))
-
-    rows = [old for old in read_results(results) if not same(old)] + [row]
-    with atomic_write(results, text=True) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def print_tables(arguments):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py tables", description="Print results.csv as Markdown tables."
-    )
-    parser.add_argument("results", type=Path)
-    parser.add_argument(
-        "--baseline", default="ALL", help="row that every other one is compared to (default: ALL)"
-    )
+def print_results(command, arguments):
+    """evaluate.py tables results.csv, or evaluate.py figure results.csv FIGURE."""
+    parser = argparse.ArgumentParser(prog=f"evaluate.py {command}")
+    parser.add_argument("results", type=Path, help="CSV that evaluate.py wrote")
+    if command == "figure":
+        parser.add_argument("figure", type=Path, help="SVG file to write")
+    parser.add_argument("--baseline", default="ALL", help="row compared to (default: ALL)")
     args = parser.parse_args(arguments)
     if not args.results.is_file():
         fail(
             f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it"
         )
-    print(tables(args.results, args.baseline))
+    if command == "tables":
+        print(tables(args.results, args.baseline))
+        return
+    from common.figure import figure
+
+    figure(args.results, args.figure, args.baseline)
+    print(f"Written to {args.figure}")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""results.csv and the test scores beside it."""
+"""results.csv, one line an evaluated encoder, and the test scores of each line beside it."""
 
 import csv
 from pathlib import Path
 
 import numpy as np
 
-from common.files import atomic_write, fail
+from common.files import atomic_write, fail, locked
 
 COLUMNS = [
     "task",
-    "name",
-    "encoder",
-    "protocol",
+    "name",  # row of the tables
+    "encoder",  # encoder_hash
+    "protocol",  # finetune or linear
     "seed",
-    "label_share",
-    "folds",
-    "train",
+    "label_share",  # of the training labels: 1, or such as 0.01
+    "folds",  # such as 5x10, folds x repeats; empty: the task's split
+    "train",  # images
     "val",
     "test",
     "auc",
-    "auc_sd",
+    "auc_sd",  # over the draws of labels, or over the repeats
     "f1",
     "accuracy",
     "seconds",
-    "slices",
+    "slices",  # these four from the log beside the encoder
     "steps",
     "dose",
     "pretrain_seconds",
     "settings",
     "code",
 ]
-KEY = ["task", "name", "protocol", "label_share", "folds", "seed"]  # one line each
+KEY = ["task", "name", "protocol", "seed", "label_share", "folds"]  # a line replaces its like
 
 
 def read_results(path):
@@ -40,43 +40,68 @@ def read_results(path):
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            fail(f"{path}: not a results file: its columns must be {','.join(COLUMNS)}")
+            fail(
+                f"{path}: not a results file of this version of evaluate.py, whose columns are "
+                f"{','.join(COLUMNS)}: give another --results"
+            )
         return list(reader)
 
 
 def scores_folder(results):
+    """results-scores/ beside results.csv."""
     results = Path(results)
     return results.with_name(f"{results.stem}-scores")
 
 
 def scores_file(results, row):
-    """Where the test scores of a line lie."""
-    name = "{task}-{name}-{protocol}".format(**row)
+    """results-scores/TASK-NAME-PROTOCOL[-share-0.01][-folds-5x10]-SEED.npz of a line."""
+    parts = [row["task"], row["name"], row["protocol"]]
     if row["label_share"] != "1":
-        name += f"-share-{row['label_share']}"
+        parts.append(f"share-{row['label_share']}")
     if row["folds"]:
-        name += f"-folds-{row['folds']}"
-    return scores_folder(results) / f"{name}-{row['seed']}.npz"
+        parts.append(f"folds-{row['folds']}")
+    return scores_folder(results) / f"{'-'.join([*parts, str(row['seed'])])}.npz"
 
 
 def read_scores(results, row):
-    """Test scores of a line: (images [n], labels [n], groups [n], probabilities)."""
+    """(images, labels, groups, probabilities) of a line's tested images.
+
+    images: int [n], rows of the task. labels: int [n]. groups: int [n], images of one group are not
+    independent. probabilities: float32 [n, classes], or [parts, n, classes] of a line that is a
+    mean over parts: draws of labels, or every fold of every repeat (NaN for images not in it).
+    """
     path = scores_file(results, row)
     try:
         with np.load(path) as scores:
             return tuple(scores[key] for key in ("images", "labels", "groups", "probabilities"))
-    except (OSError, KeyError, ValueError) as error:
-        fail(f"{path}: scores missing or damaged ({error}): delete its line and evaluate again")
+    except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
+        fail(
+            f"{path}: scores missing or damaged ({type(error).__name__}): "
+            f"delete the line from {results} and evaluate again"
+        )
 
 
 def write_line(results, row, images, labels, groups, probabilities):
-    """Save the test scores, then add the line, in place of one with the same key."""
-    with atomic_write(scores_file(results, row)) as file:
-        scores = probabilities.astype(np.float32)
-        np.savez(file, images=images, labels=labels, groups=groups, probabilities=scores)
-    row = {key: str(value) for key, value in row.items()}
-    others = [old for old in read_results(results) if any(old[key] != row[key] for key in KEY)]
-    with atomic_write(results, text=True) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*others, row])
+    """Save the scores, then add the line to results.csv, in place of one with the same KEY.
+
+    Locked for this moment only, so that several evaluations share a results.csv.
+    """
+    with locked(results):
+        with atomic_write(scores_file(results, row)) as file:
+            np.savez_compressed(
+                file,
+                images=images,
+                labels=labels,
+                groups=groups,
+                probabilities=probabilities.astype(np.float32),
+            )
+        rows = [old for old in read_results(results) if not same(old, row, KEY)] + [row]
+        with atomic_write(results, text=True) as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def same(old, row, keys):
+    """Whether a line read from results.csv has the values of row in these columns."""
+    return all(old[key] == str(row[key]) for key in keys)

@@ -1,223 +1,339 @@
-"""The downstream data sets: images, labels and splits. Knows nothing of encoders."""
+"""The downstream data sets: images, labels, groups and splits. Knows nothing of encoders."""
 
 import csv
 import hashlib
+import io
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
 
 from common.ct import read_image, scale_to_uint8
 from common.files import fail
 from common.hashing import dhash, hamming
 
+TASKS = ["covid-ct", "organ", "head-ct", "images", "toy-lesion", "toy-organ"]
 SPLITS = ["train", "val", "test"]
-DUPLICATE_BITS = (
-    4  # images whose dHash differs by no more count as near-duplicates (our choice, by looking)
-)
+MADE_FOLDS = 5  # of a split that we make: one tests, one validates, the others train
+DUPLICATE_BITS = 4  # dHashes of near-duplicates differ by no more (our choice, by looking)
 
 
 class Task(NamedTuple):
     images: np.ndarray  # uint8 [N, size, size]
-    labels: np.ndarray  # int [N], 0..classes-1
-    split: np.ndarray | None  # "train", "val" or "test" [N]; None: made from the seed, see split_of
-    groups: np.ndarray  # int [N], images of one group stay on one side of a made split
-    names: list  # of the image files, below the data folder; of an npz "train 17", which is train_images[17]
-    hashes: np.ndarray  # uint64 [N], dHash of the image in its own size
-    mean: float  # published, of the values in 0..1; used by fine-tuning
-    std: float
-    vertical_flip: bool  # the published augmentation
-
-    @property
-    def classes(self):
-        return int(self.labels.max()) + 1
+    labels: np.ndarray  # int [N], index into classes
+    classes: list  # their names
+    split: np.ndarray | None  # published: "train", "val" or "test" [N]; None: see split_of
+    groups: np.ndarray  # int [N]; images of one group are not independent
+    names: list  # of the image files, below the data folder; in an npz "train 17"
+    hashes: np.ndarray  # uint64 [N], dHash of the image in its full size
+    mean: float = 0.5  # of the values in 0..1; used by fine-tuning
+    std: float = 0.5
+    vertical_flip: bool = False  # augmentation of fine-tuning
 
     @property
     def digest(self):
-        """Changes with any pixel, label or published split."""
-        parts = [self.images, self.labels] + ([] if self.split is None else [self.split])
-        return hashlib.sha256(
-            b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
-        ).hexdigest()[:8]
+        """8 hex digits that change with everything of the task but the names."""
+        published = [self.split] if self.split is not None else []
+        arrays = [self.images, self.labels, self.groups, *published]
+        found = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
+        for array in arrays:
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:8]
+
+
+class Listed(NamedTuple):
+    """One image of a data set, as its list has it."""
+
+    name: str  # its file, below the data folder
+    label: str
+    split: str  # train, val or test; "" where none is published
+    group: str  # a patient or paper; "" where none is known
+    where: str  # the list that names it, and the line, for messages
 
 
 def load_task(name, data, size):
-    """covid-ct, organ, head-ct, toy-lesion or toy-organ from its folder (npz tasks: or file), resized to size."""
+    """One of TASKS from its folder (npz tasks: or file), the images resized to size x size."""
     data = Path(data)
     if not data.exists():
         fail(f"{data}: no such file or folder")
-    if name == "covid-ct":
-        return load_covid_ct(data, size)
+    if name == "covid-ct":  # flip, mean and std of the official code
+        return build_task(list_covid_ct(data), data, size, 0.56, 0.2907, vertical_flip=True)
     if name == "head-ct":
-        return load_head_ct(data, size)
-    return load_npz(name, data, size)
+        return build_task(list_head_ct(data), data, size)
+    if name == "images":
+        return build_task(list_images(data), data, size)
+    return load_npz("*organ*.npz" if name == "organ" else f"{name}.npz", data, size)
 
 
-def load_covid_ct(data, size):
-    """COVID-CT with its official split files Data-split/{COVID,NonCOVID}/{train,val,test}CT_*.txt; 1 is COVID."""
-    found = {}  # file: (label, split, the listing that names it)
-    for label, kind in enumerate(["NonCOVID", "COVID"]):
+def list_images(data):
+    """Any folder with labels.csv: `file,label`, and optionally `split` and `group`.
+
+    file: below the folder. label: any text. split: train, val or test. group: a patient or paper,
+    whose images stay on one side of every split that is made.
+    """
+    listed = []
+    for where, row in read_table(data / "labels.csv", ["file", "label"]):
+        for column, text in row.items():
+            if column in ("file", "label", "split", "group") and not text:
+                fail(f"{where}: {column} is empty: fill it in, or leave the whole column out")
+        split = row.get("split", "")
+        if split not in ("", *SPLITS):
+            fail(f"{where}: split {split!r} must be train, val or test")
+        listed.append(Listed(row["file"], row["label"], split, row.get("group", ""), where))
+    return listed
+
+
+def list_head_ct(data):
+    """Head CT haemorrhage: labels.csv (`id, hemorrhage`) and images 000.png ..."""
+    listed = []
+    for where, row in read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"]):
+        number, label = row["id"], row["hemorrhage"]
+        if not number.isdecimal() or label not in ("0", "1"):
+            fail(
+                f"{where}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1: "
+                "mend it"
+            )
+        file = find_one(data, f"{int(number):03d}.png")
+        listed.append(Listed(file.relative_to(data).as_posix(), label, "", "", where))
+    return listed
+
+
+def list_covid_ct(data):
+    """COVID-CT with its official Data-split/KIND/{train,val,test}CT_KIND.txt; class 1 is COVID."""
+    listed = []
+    for label, kind in [("0", "NonCOVID"), ("1", "COVID")]:
         for part in SPLITS:
             listing = find_one(data, f"{part}CT_{kind}.txt")
             names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
             if not names:
                 fail(f"{listing}: lists no image: download it again")
             for name in names:
-                file = data / f"CT_{kind}" / name
-                if not file.is_file():
-                    fail(
-                        f"{listing}: lists {name}, which {file.parent} does not hold: unpack it there"
-                    )
-                if file in found:
-                    fail(
-                        f"{listing}: lists {name}, which {found[file][2]} lists already: delete one of the two lines"
-                    )
-                found[file] = label, part, listing
-    labels, split, _ = map(np.array, zip(*found.values()))
-    names, images, hashes = read_images(list(found), data, size)
-    return checked(
-        Task(images, labels, split, np.arange(len(names)), names, hashes, 0.56, 0.2907, True), data
-    )
+                group = f"{kind} {covid_ct_source(name)}"
+                listed.append(Listed(f"CT_{kind}/{name}", label, part, group, str(listing)))
+    return join_numbered(listed)
 
 
-def load_head_ct(data, size):
-    """Head CT haemorrhage, labels.csv (`id, hemorrhage`) and images 000.png...; near-duplicates share a group."""
-    listing = find_one(data, "labels.csv")
-    reader = csv.DictReader(read_text(listing).splitlines())
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-    if not {"id", "hemorrhage"} <= set(reader.fieldnames):
-        fail(
-            f"{listing}: needs the columns id and hemorrhage, its first line is {','.join(reader.fieldnames) or 'empty'}"
-        )
-    labels = {}
-    for row in reader:
-        number, label = ((row[key] or "").strip() for key in ("id", "hemorrhage"))
-        if not number.isdecimal() or label not in ("0", "1"):
+def covid_ct_source(name):
+    """The paper or figure that an image of COVID-CT was cut from, by its file name.
+
+    Seen in the 746 official names: most COVID images are PAPER-pPAGE-FIGURE%PART.png, such as
+    2020.03.01.20029769-p21-73_1%0.png; the Lancet's are PIIS0140673620301549_0%0.png, without a
+    page. NonCOVID's .jpg are FIGURE%PART.jpg, such as 39%8.jpg; its .png are numbers alone.
+    """
+    stem = name.rsplit(".", 1)[0]
+    if match := re.match(r"(.+)-p\d+-", stem):
+        return match[1]
+    suffix = name[len(stem) :]
+    return re.split("[_%]", stem)[0] + suffix
+
+
+def join_numbered(listed):
+    """NonCOVID's 1046.png, 1047.png ... are one group as long as the numbers are consecutive.
+
+    Runs of consecutive numbers show slices of one scan (seen: 1046-1050, 1210-1217, 2138-2145); a
+    few also hold the next patient's, which costs nothing but a larger group.
+    """
+    numbered = re.compile(r"CT_NonCOVID/(\d+)\.png")
+    numbers = {int(match[1]) for image in listed if (match := numbered.fullmatch(image.name))}
+    joined = []
+    for image in listed:
+        if match := numbered.fullmatch(image.name):
+            first = int(match[1])
+            while first - 1 in numbers:
+                first -= 1
+            image = image._replace(group=f"NonCOVID {first}.png")
+        joined.append(image)
+    return joined
+
+
+def build_task(listed, data, size, mean=0.5, std=0.5, vertical_flip=False):
+    """The Task of listed images; near-duplicates are one group where the list has no groups."""
+    earlier = {}
+    for image in listed:
+        if image.name in earlier:
             fail(
-                f"{listing}: line {reader.line_num}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1: mend it"
+                f"{image.where}: lists {image.name} again, which {earlier[image.name]} lists "
+                "already: delete one of the two lines"
             )
-        if int(number) in labels:
-            fail(
-                f"{listing}: line {reader.line_num}: lists id {number} again: delete one of the two lines"
-            )
-        labels[int(number)] = int(label)
-    if not labels:
-        fail(f"{listing}: lists no image: download it again")
-    names, images, hashes = read_images(
-        [find_one(data, f"{number:03d}.png") for number in labels], data, size
-    )
+        earlier[image.name] = image.where
+        if not (data / image.name).is_file():
+            fail(f"{image.where}: lists {image.name}, which {data} does not hold: unpack it there")
+    originals = [read_grey(data / image.name) for image in listed]
+    hashes = hash_all(originals)
+    classes = sorted_classes(image.label for image in listed)
     groups = duplicate_groups(hashes)
-    return checked(
-        Task(images, np.array(list(labels.values())), None, groups, names, hashes, 0.5, 0.5, False),
-        listing,
+    if listed[0].group:
+        groups = np.unique([image.group for image in listed], return_inverse=True)[1]
+    split = np.array([image.split for image in listed]) if listed[0].split else None
+    task = Task(
+        images=np.stack([resize(image, size) for image in originals]),
+        labels=np.array([classes.index(image.label) for image in listed]),
+        classes=classes,
+        split=split,
+        groups=groups,
+        names=[image.name for image in listed],
+        hashes=hashes,
+        mean=mean,
+        std=std,
+        vertical_flip=vertical_flip,
     )
+    return checked(task, listed[0].where.split(": line")[0])
 
 
-def load_npz(name, data, size):
-    """A MedMNIST npz: {train,val,test}_images uint8 [N, h, w] and _labels int [N, 1]; data is the file or its folder."""
-    file = (
-        find_one(data, "*organ*.npz" if name == "organ" else f"{name}.npz")
-        if data.is_dir()
-        else data
-    )
+def sorted_classes(labels):
+    """Names of the classes in their order: numbers as numbers, anything else as text."""
+    classes = sorted(set(labels))
+    try:
+        return sorted(classes, key=float)
+    except ValueError:
+        return classes
+
+
+def load_npz(pattern, data, size):
+    """A MedMNIST npz: {train,val,test}_images uint8 [N, h, w] and _labels int [N, 1].
+
+    data: the file, or the folder that holds one that fits the pattern. It tells no patients, so
+    each image is a group of its own.
+    """
+    file = find_one(data, pattern) if data.is_dir() else data
     try:
         with np.load(file, allow_pickle=False) as arrays:
             parts = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SPLITS}
     except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
         fail(
-            f"{file}: damaged, or not a MedMNIST npz with images and labels of train, val and test ({error})"
+            f"{file}: damaged, or not a MedMNIST npz with images and labels of train, val and "
+            f"test ({error})"
         )
     for part, (images, labels) in parts.items():
         if images.dtype != np.uint8 or images.ndim != 3 or not images.size:
             fail(
-                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, grey images, uint8 [N, h, w], are needed"
+                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, grey images, "
+                "uint8 [N, h, w], are needed"
             )
         if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.min() < 0:
             fail(
-                f"{file}: {part}_labels is {labels.dtype} {list(labels.shape)}, a whole number, not negative, for each of the "
-                f"{len(images)} images is needed"
+                f"{file}: {part}_labels is {labels.dtype} {list(labels.shape)}, a whole number, "
+                f"not negative, for each of the {len(images)} images is needed"
             )
-    split = np.repeat(SPLITS, [len(images) for images, _ in parts.values()])
-    names = [f"{part} {i}" for part, (images, _) in parts.items() for i in range(len(images))]
     originals = [image for images, _ in parts.values() for image in images]
     labels = np.concatenate([labels.reshape(-1).astype(int) for _, labels in parts.values()])
-    resized = np.stack([resize(image, size) for image in originals])
-    return checked(
-        Task(
-            resized,
-            labels,
-            split,
-            np.arange(len(split)),
-            names,
-            hash_all(originals),
-            0.5,
-            0.5,
-            False,
-        ),
-        file,
+    classes = np.arange(max(2, len(np.unique(labels))))
+    gaps = np.setdiff1d(classes, labels)
+    if len(gaps):
+        fail(
+            f"{file}: class {gaps[0]} holds no image: classes must be numbered from 0 on, at "
+            "least two"
+        )
+    task = Task(
+        images=np.stack([resize(image, size) for image in originals]),
+        labels=labels,
+        classes=[str(label) for label in classes],
+        split=np.repeat(SPLITS, [len(images) for images, _ in parts.values()]),
+        groups=np.arange(len(labels)),
+        names=[f"{part} {i}" for part, (images, _) in parts.items() for i in range(len(images))],
+        hashes=hash_all(originals),
     )
+    return checked(task, file)
 
 
-def split_of(task, seed):
-    """{"train": rows, "val": rows, "test": rows}: the published split, or a stratified 60/20/20 % made from the seed."""
+def checked(task, source):
+    """The task, after making sure that every part of its split holds two images of every class."""
+    if len(task.classes) < 2:
+        fail(f"{source}: all images are of class {task.classes[0]}: at least two are needed")
+    counts = np.bincount(task.labels)
+    if task.split is None and counts.min() < 2 * MADE_FOLDS:
+        fail(
+            f"{source}: class {task.classes[counts.argmin()]} holds {counts.min()} images: a "
+            f"split needs at least {2 * MADE_FOLDS}"
+        )
+    for part, rows in split_of(task).items():
+        counts = np.bincount(task.labels[rows], minlength=len(task.classes))
+        if counts.min() < 2:
+            fail(
+                f"{source}: the {part} split holds {counts.min()} images of class "
+                f"{task.classes[counts.argmin()]}, at least 2 are needed"
+            )
+    return task
+
+
+def split_of(task):
+    """{"train": rows, "val": rows, "test": rows}: the published split, or one of about 60/20/20 %.
+
+    The made split is the same for every encoder. It keeps groups on one side, and the largest
+    folds for training, so that a large group does not become the test set.
+    """
     if task.split is not None:
         return {part: np.flatnonzero(task.split == part) for part in SPLITS}
-    rng = np.random.default_rng(seed)
-    rows = {part: [] for part in SPLITS}
-    for label in range(task.classes):
-        members = np.flatnonzero(task.labels == label)
-        done = 0
-        for group in rng.permutation(np.unique(task.groups[members])):
-            chosen = members[task.groups[members] == group]
-            share = done / len(members)
-            rows["test" if share < 0.2 else "val" if share < 0.4 else "train"].extend(chosen)
-            done += len(chosen)
-    return {part: np.sort(np.array(members, int)) for part, members in rows.items()}
+    test, val, *train = sorted(make_folds(task, MADE_FOLDS, seed=0), key=len)
+    return {"train": np.sort(np.concatenate(train)), "val": val, "test": test}
+
+
+def make_folds(task, folds, seed):
+    """Rows of each fold: stratified by class, whole groups, drawn from the seed."""
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    return [test for _, test in splitter.split(task.labels, task.labels, task.groups)]
+
+
+def checked_folds(task, folds, repeats):
+    """make_folds for every repeat, each fold with an image of every class, or one line."""
+    counts = np.bincount(task.labels)
+    if counts.min() < folds:
+        fail(
+            f"--folds {folds}: class {task.classes[counts.argmin()]} holds only {counts.min()} "
+            "images: use fewer folds"
+        )
+    found = [make_folds(task, folds, seed) for seed in range(repeats)]
+    for rows in (rows for repeat in found for rows in repeat):
+        counts = np.bincount(task.labels[rows], minlength=len(task.classes))
+        if counts.min() == 0:
+            name = task.classes[counts.argmin()]
+            groups = len(np.unique(task.groups[task.labels == counts.argmin()]))
+            fail(
+                f"--folds {folds}: a fold holds no image of class {name}, whose images are of "
+                f"{groups} groups: use fewer folds"
+            )
+    return found
 
 
 def near_pairs(hashes):
-    """[(row, later row, bits)] of all images whose dHash differs by at most DUPLICATE_BITS. For small sets: uint64 [n]."""
-    bits = hamming(hashes[:, None], hashes)
-    return [
-        (int(i), int(j), int(bits[i, j]))
-        for i, j in np.argwhere(np.triu(bits <= DUPLICATE_BITS, 1))
-    ]
+    """[(row, later row, bits)] of all near-duplicates, uint64 [n]."""
+    pairs = []
+    for row, value in enumerate(hashes):
+        bits = hamming(hashes[row + 1 :], value)
+        near = np.flatnonzero(bits <= DUPLICATE_BITS)
+        pairs += [(row, row + 1 + int(i), int(bits[i])) for i in near]
+    return pairs
 
 
 def duplicate_groups(hashes):
-    """uint64 [n] -> int [n]: images linked by near_pairs carry the same number."""
+    """uint64 [n] -> int [n]: one number for images that are all near-duplicates of each other.
+
+    An image joins the first group of which every member is its near-duplicate (complete linkage),
+    so that chains of near-duplicates, each a little other than the last, do not swallow the set.
+    """
     groups = np.arange(len(hashes))
-    for i, j, _ in near_pairs(hashes):
-        groups[groups == groups[j]] = groups[i]
+    for row in range(len(hashes)):
+        near = hamming(hashes[:row], hashes[row]) <= DUPLICATE_BITS
+        for group in np.unique(groups[:row][near]):
+            if near[groups[:row] == group].all():
+                groups[row] = group
+                break
     return groups
 
 
 def leaks(task, split):
-    """[(test row, row of the nearest training image, bits)] of the test images with one within DUPLICATE_BITS."""
-    train, found = task.hashes[split["train"]], []
+    """[(test row, row of the nearest training image, bits)] of near-duplicates across the split."""
+    train = task.hashes[split["train"]]
+    found = []
     for row in split["test"]:
         bits = hamming(train, task.hashes[row])
         nearest = bits.argmin()
         if bits[nearest] <= DUPLICATE_BITS:
             found.append((int(row), int(split["train"][nearest]), int(bits[nearest])))
     return found
-
-
-def checked(task, source):
-    """The task, after making sure that there are two classes, and at least two images of each in every split."""
-    gaps = np.setdiff1d(np.arange(min(task.classes, len(task.labels) + 1)), task.labels)
-    if task.classes < 2 or len(gaps):
-        fail(
-            f"{source}: class {gaps[0] if len(gaps) else 1} holds no image: classes must be numbered from 0 on, at least two"
-        )
-    for part, rows in split_of(task, 0).items():
-        counts = np.bincount(task.labels[rows], minlength=task.classes)
-        if counts.min() < 2:
-            fail(
-                f"{source}: the {part} split holds {counts.min()} images of class {counts.argmin()}, at least 2 are needed"
-            )
-    return task
 
 
 def find_one(folder, pattern):
@@ -228,6 +344,29 @@ def find_one(folder, pattern):
     return found[0]
 
 
+def read_table(path, needed):
+    """[("PATH: line 7", {column: text})] of a CSV file that has at least the needed columns."""
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path)))
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        lines = [(f"{path}: line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        fail(f"{path}: cannot be read as CSV: {error}")
+    if not set(needed) <= set(columns):
+        first = ",".join(columns) or "empty"
+        fail(f"{path}: needs the columns {' and '.join(needed)}, its first line is {first}")
+    if not lines:
+        fail(f"{path}: lists no image: download it again")
+    for where, row in lines:
+        if None in row:
+            fail(f"{where}: has more cells than the first line: quote names that hold a comma")
+    return [
+        (where, {column: (text or "").strip() for column, text in row.items()})
+        for where, row in lines
+    ]
+
+
 def read_text(file):
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -235,14 +374,8 @@ def read_text(file):
         fail(f"{file}: cannot be read as text: {error}")
 
 
-def read_images(files, data, size):
-    """Names below the folder data, images of that size [N, size, size], and dHashes of the full images."""
-    grey = [read_grey(file) for file in files]
-    names = [file.relative_to(data).as_posix() for file in files]
-    return names, np.stack([resize(image, size) for image in grey]), hash_all(grey)
-
-
 def read_grey(file):
+    """An image file as grey values, uint8 [h, w]."""
     try:
         grey = read_image(file)
     except Exception as error:  # whatever a damaged file makes Pillow raise
@@ -255,5 +388,8 @@ def hash_all(images):
 
 
 def resize(image, size):
-    """uint8 [h, w] -> uint8 [size, size], antialiased, aspect ratio given up (official code: torchvision's Resize)."""
+    """uint8 [h, w] -> uint8 [size, size], antialiased, aspect ratio given up.
+
+    Official code: torchvision's Resize.
+    """
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))

@@ -32,19 +32,25 @@ def against_the_bare_step(args):
         rng.integers(0, 256, (n + 2, args.size, args.size), dtype=np.uint8),
         np.arange(n + 2) % 2,
     )
-    task = Task(images, labels, None, None, [], None, 0.5, 0.5, True)
+    groups = np.arange(n + 2)
+    task = Task(images, labels, ["0", "1"], None, groups, [], None, vertical_flip=True)
     split = {"train": np.arange(n), "val": np.arange(n, n + 1), "test": np.arange(n + 1, n + 2)}
     epochs = SimpleNamespace(
-        lr=1e-4, weight_decay=5e-4, epochs=1, freeze_epochs=0, batch_size=BATCH, name="ours"
+        lr=1e-4,
+        weight_decay=5e-4,
+        epochs=1,
+        freeze_epochs=0,
+        batch_size=BATCH,
+        name="ours",
+        precision="float32",
     )
     batch = torch.rand(BATCH, 3, args.size, args.size, device=device).contiguous(
         memory_format=torch.channels_last
     )
     target = torch.arange(BATCH, device=device) % 2
     networks = [load_encoder("scratch", args.arch, 0) for _ in range(2)]
-    width = networks[1](torch.zeros(2, 3, 64, 64)).shape[1]
     model = (
-        torch.nn.Sequential(networks[1], torch.nn.Linear(width, 2))
+        torch.nn.Sequential(networks[1], torch.nn.Linear(networks[1].inplanes, 2))
         .to(device, memory_format=torch.channels_last)
         .train()
     )
@@ -74,9 +80,9 @@ def against_the_bare_step(args):
 
 
 def linear_probes(args):
-    """Seconds of evaluate.py --protocol linear, 5 seeds of one encoder, on each task below args.tasks."""
+    """Seconds of evaluate.py --protocol linear, one encoder, on each task below args.tasks."""
     print(
-        f"evaluate.py --protocol linear, {args.arch}, {args.probe_size} px, 5 seeds, one process a task, all included"
+        f"evaluate.py --protocol linear, {args.arch}, {args.probe_size} px, one encoder, one process a task, all included"
     )
     with tempfile.TemporaryDirectory() as folder:
         torch.save(

@@ -213,7 +213,7 @@ def test_every_selection_says_its_dose(made, selected):
         volumes[rows] = number
     doses = {}
     for strategy in ("hash", "random", "redundant"):
-        selection, summary = selected(f"{strategy}-keep-0.5", "--strategy", strategy, "--keep", 0.5)
+        selection, summary = selected(f"{strategy}-keep-0.3", "--strategy", strategy, "--keep", 0.3)
         kept = kept_rows(selection)
         doses[strategy] = summary["dose"]
         expected = reduction.expected_dose(hashes[kept], volumes[kept])
