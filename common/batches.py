@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.hashing import hamming
+from common.hashing import NEAR_DUPLICATE, hamming
 from common.simclr import draw_augmentation
 
-DOSE_BITS = 6  # dHashes of near-duplicates differ by at most as many bits: the paper's threshold
 READERS = 4  # threads; several, so that a cold disk has several reads to work on
 AHEAD = 8  # batches
 
@@ -48,7 +47,7 @@ def stream(selection, args, start, device, rank=0, world=1):
         share = np.array_split(rows, world)[rank]
         hashes, volumes = store.hashes[rows], volume[rows]
         excluded = excluded_negatives(hashes, volumes, args, step)
-        met = near_duplicates(hashes, volumes, DOSE_BITS)
+        met = near_duplicates(hashes, volumes, NEAR_DUPLICATE)
         if excluded is not None:
             met &= ~excluded
             excluded = torch.from_numpy(excluded)

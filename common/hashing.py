@@ -8,6 +8,10 @@ from PIL import Image
 
 from common.files import fail
 
+NEAR_DUPLICATE = (
+    6  # bits of dHash that two near-duplicates differ in at most: the paper's best threshold
+)
+
 
 def slice_hash(slice8):
     """The hash that the store keeps of a slice: uint8 [height, width] -> 64 bits as 16 hex digits.

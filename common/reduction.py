@@ -10,10 +10,9 @@ from itertools import cycle
 
 import numpy as np
 
-from common.hashing import hamming, hash_index
+from common.hashing import NEAR_DUPLICATE, hamming, hash_index
 from common.similarity import cosine, unit_length
 
-NEAR_DUPLICATE = 6  # bits of dHash that differ at most: the paper's best threshold
 BATCH = 128  # slices: the paper's, for which the dose is given
 INDEXED = 4096  # slices from which on the hash index is faster than comparing all
 BLOCK = 256  # embeddings compared with all others by one matrix product
@@ -147,7 +146,7 @@ def select_redundant(hashes, count):
     SAS (Joshi and Mirzasoleiman, ICML 2023): for contrastive learning the examples most similar to
     others matter most.
     """
-    near = near_duplicates(hashes)
+    near = count_near_duplicates(hashes)
     bits = np.array([hamming(one, hashes).sum() for one in hashes])
     most_similar_first = np.lexsort((bits, -near))  # equal ones stay in z order
     return nearest_kept(len(hashes), np.sort(most_similar_first[:count]))
@@ -219,7 +218,7 @@ def search_threshold(count, groups, total, target, guess):
 # --- The dose: what the paper's hypothesis is about.
 
 
-def near_duplicates(hashes):
+def count_near_duplicates(hashes):
     """How many of the other slices of a volume differ from each in at most 6 bits of dHash.
 
     hashes: uint64 [n] -> int [n].
@@ -238,6 +237,8 @@ def expected_dose(hashes, volumes):
     n = len(hashes)
     if n < 2:
         return 0.0
-    near = sum(near_duplicates(hashes[volumes == volume]).sum() for volume in np.unique(volumes))
+    near = sum(
+        count_near_duplicates(hashes[volumes == volume]).sum() for volume in np.unique(volumes)
+    )
     batch = n / math.ceil(n / BATCH)
     return float(near / n * (batch - 1) / (n - 1))

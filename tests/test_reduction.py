@@ -102,7 +102,7 @@ def test_redundant_keeps_those_with_the_most_near_duplicates():
     hashes = np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
     differ = [[int((a != b).sum()) for b in bits] for a in bits]
     near = [sum(d <= 6 for d in row) - 1 for row in differ]
-    assert reduction.near_duplicates(hashes).tolist() == near and len(set(near)) < 60
+    assert reduction.count_near_duplicates(hashes).tolist() == near and len(set(near)) < 60
     ranked = sorted(range(120), key=lambda i: (-near[i], sum(differ[i]), i))
     for count in (1, 7, 30, 119):
         representative = reduction.select_redundant(hashes, count)
