@@ -17,8 +17,8 @@ Stopped and started again, it goes on where it was; a step made by code that was
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
   --seeds K          pre-training runs a row (default: 1; toy: 2)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
-  --rows "A B"       of the rows below (default: those without # in their name, Hash-3, Hash-6, Hash-12, Clusters-6,
-                     ALL-c32, ALL-c32-masked, Hash-6-steps and Random-steps)
+  --rows "A B"       of the rows below (default for real data: scratch, those without # and without "double" in their name,
+                     Hash-3, Hash-6, Hash-12, Clusters-6, ALL-c32, ALL-c32-masked, Hash-6-steps, Random-steps; toy: 14 of them)
   --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64)
   --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
   --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
@@ -105,6 +105,8 @@ head-ct  | --folds 5 --repeats 10'
 study_steps=750
 default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
   Embedding-budget Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked Hash-6-steps Random-steps'
+toy_rows='scratch ALL EveryN Random-matched Hash-6 SSIM MI Embedding Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked
+  Hash-6-steps'
 
 main() {
   parse "$@"
@@ -254,7 +256,7 @@ once() {
 }
 
 parse() {
-  mode=toy data='' out='' seeds='' jobs=1 encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=$default_rows
+  mode=toy data='' out='' seeds='' jobs=1 encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=''
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage; exit ;;
@@ -277,6 +279,8 @@ parse() {
     esac
     shift 2
   done
+  if [ -z "$rows" ] && [ "$mode" = toy ]; then rows=$toy_rows; fi
+  rows=${rows:-$default_rows}
   for row in $rows; do
     [ "$row" = scratch ] || [[ $row =~ -steps-x[0-9.]+$ || $row =~ -steps$ || ! $row =~ -steps ]] || stop "--rows: $row is not a row"
     [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
@@ -311,7 +315,7 @@ prepare_data() {
     out=${out:-$PWD/results/toy} tasks='toy-lesion toy-organ' seeds=${seeds:-2}
     reduce_flags=${reduce_flags:---size 64}
     pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 4 --warmup 0.1 --optimizer adamw}
-    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 3}
+    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 2}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return
