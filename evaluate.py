@@ -131,6 +131,8 @@ def evaluate_features(args, task, rows, source, folds):
     statistics = input_statistics(source)
     batches = features(encoder, task.images, statistics, args.device, f"{args.name} features")
     found = np.concatenate(list(batches))
+    if not np.isfinite(found).all():
+        fail(f"{source}: gives features that are not finite: its pre-training went wrong")
     featured = time.perf_counter() - started
     for row in rows:
         started = time.perf_counter()
@@ -292,7 +294,10 @@ def finetune(encoder, task, split, seed, args, device):
             best_accuracy = accuracy
             best = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(best)
-    return predict(model, task, split["test"], args, device)
+    probabilities = predict(model, task, split["test"], args, device)
+    if not np.isfinite(probabilities).all():
+        fail(f"{args.name} seed {seed}: fine-tuning diverged: give a lower --lr")
+    return probabilities
 
 
 def freeze(encoder, frozen):

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
-BATCH = 128  # images whose features are computed at once
+BATCH = 64  # images whose features are computed at once
 
 
 def input_statistics(source):
@@ -141,20 +142,31 @@ def encoder_hash(source):
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
-@torch.inference_mode()
 def features(network, images, statistics, device, label):
     """Yield the features of images, uint8 [N, size, size], batch by batch: float32 [b, width].
 
-    Features are the global average of the last stage. On a GPU convolutions are in full float32
-    (not TF32) and repeatable, so that features differ between machines by rounding only.
+    Features are the global average of the last stage. On a CPU each batch is computed in one
+    thread, and as many batches at once as there are threads: as fast as all threads on one batch,
+    twice as fast where other processes are at work, and the same bytes on any number of cores. On
+    a GPU convolutions are in full float32 (not TF32) and repeatable, so that features differ
+    between machines by rounding only.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     network = network.eval().to(device, memory_format=torch.channels_last)
-    for start in tqdm(range(0, len(images), BATCH), label, unit="batch"):
+    threads = torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+
+    @torch.inference_mode()
+    def forward(start):
         batch = torch.from_numpy(images[start : start + BATCH].copy())
         inputs = to_input(batch.to(device).float() / 255, *statistics)
-        yield network(inputs).cpu().numpy()
+        return network(inputs).cpu().numpy()
+
+    starts = range(0, len(images), BATCH)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from tqdm(pool.map(forward, starts), label, len(starts), unit="batch")
+    torch.set_num_threads(threads)
 
 
 def embed(source, slices, folder):

@@ -353,6 +353,17 @@ def test_two_evaluations_share_a_results_file(data, tmp_path):
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
+def test_what_is_not_finite_gets_one_line(data, encoders, tmp_path, stopped):
+    broken = torch.load(encoders[0], weights_only=True)
+    broken["conv1.weight"][0] = torch.nan
+    torch.save(broken, tmp_path / "encoder.pt")
+    results = tmp_path / "results.csv"
+    command = ["evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "encoder.pt")]
+    assert "features that are not finite" in stopped(*command)
+    command = ["evaluate.py", "toy-lesion", data, *flags(results, "scratch", protocol="finetune")]
+    assert "diverged" in stopped(*command, "--seeds", 1, "--epochs", 1, "--lr", 1e30)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
