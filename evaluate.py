@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import auc, simclr
-from common.encoder import encoder_hash, features, input_statistics, load_encoder
+from common.encoder import encoder_hash, features, input_statistics, load_encoder, to_input
 from common.files import atomic_write, code_digest, csv_line, fail, locked, run_script
 from common.results import KEY, read_results, same, scores_folder, write_line
 from common.tables import tables
@@ -53,7 +53,6 @@ CODE = [  # the files that decide a line; what others decide (images, groups) is
     "evaluate.py",
     "common/auc.py",
     "common/encoder.py",
-    "common/simclr.py",
     "common/tasks.py",
 ]
 
@@ -338,7 +337,7 @@ def forward(model, task, rows, flip, args, device):
     """Outputs of the model for rows of the task, float32 [n, classes]; flip: bool [n], vertical."""
     grey = torch.from_numpy(task.images)[rows]
     grey = torch.where(flip[:, None, None], grey.flip(1), grey)
-    inputs = simclr.to_input(grey.to(device).float() / 255, task.mean, task.std)
+    inputs = to_input(grey.to(device).float() / 255, task.mean, task.std)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         return model(inputs).float()
 

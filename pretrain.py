@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common import simclr
 from common.batches import batches_per_epoch, slices_per_epoch, stream
+from common.encoder import to_input
 from common.files import (
     atomic_write,
     check_code,
@@ -35,7 +36,13 @@ from common.files import (
 )
 from common.store import read_selection
 
-CODE = ("pretrain.py", "common/batches.py", "common/hashing.py", "common/simclr.py")
+CODE = (
+    "pretrain.py",
+    "common/batches.py",
+    "common/encoder.py",
+    "common/hashing.py",
+    "common/simclr.py",
+)
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
 COLLAPSED = 0.005  # std of the normalised embeddings; near 0.09 when all is well
@@ -118,7 +125,7 @@ def train_step(model, optimizer, lr, batch, args, precision):
         group["lr"] = lr
     views = simclr.augment(batch.slices, batch.augmentation, args.size)
     with torch.autocast(views.device.type, precision, enabled=precision != torch.float32):
-        embeddings = model(simclr.to_input(views))
+        embeddings = model(to_input(views))
     loss, top1 = simclr.nt_xent(embeddings, args.temperature, batch.excluded)
     optimizer.zero_grad()
     # gradients are averaged over processes, but each has only the part of its own views

@@ -46,7 +46,7 @@ from common.workers import in_order, worker_pool
 BASELINES = ["all", "every-n", "random", "redundant"]
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}
 CODE = ["reduce.py", "common/reduction.py", "common/hashing.py", "common/similarity.py"]
-EMBEDDING_CODE = ["common/encoder.py", "common/simclr.py"]  # it decides the features
+EMBEDDING_CODE = ["common/encoder.py"]  # it decides the features
 
 
 def main():

@@ -11,15 +11,27 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from common.files import atomic_write, code_digest, fail
-from common.simclr import MEAN, STD, to_input
+from common.files import atomic_write, fail
 
 # of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code)
 PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCH = 64  # images whose features are computed at once
+
+
+def to_input(grey, mean=MEAN, std=STD):
+    """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
+
+    mean, std: a number, or three for the channels.
+    """
+    if isinstance(mean, tuple):
+        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
+        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
+    normalised = (grey.unsqueeze(1) - mean) / std
+    return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def input_statistics(source):
@@ -173,11 +185,9 @@ def embed(source, slices, folder):
     """Features of whole slices, uint8 [N, size, size], as they are stored, by an encoder.
 
     source: encoder.pt, whichever architecture it holds, or "imagenet" (ResNet-50). Returns the path
-    of float32 [N, width] in folder, made once per encoder, whose hash is in its name beside the
-    digests of the code, and read again by the next selection.
+    of float32 [N, width] in folder, made once per encoder and read again by the next selection.
     """
-    code = "-".join(code_digest("common/encoder.py", "common/simclr.py").values())
-    path = folder / f"features-{encoder_hash(source)}-{code}.npy"
+    path = folder / f"features-{encoder_hash(source)}.npy"
     if path.exists():
         return path
     arch = "resnet50"

@@ -14,7 +14,6 @@ import torchvision
 from torch import nn
 
 ARCHS = ["resnet18", "resnet50"]
-MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 
 
 def build(arch, projection_dim=128):
@@ -29,18 +28,6 @@ def build(arch, projection_dim=128):
         nn.Linear(width, projection_dim),
     )
     return nn.Sequential(encoder, head)
-
-
-def to_input(grey, mean=MEAN, std=STD):
-    """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
-
-    mean, std: a number, or three for the channels.
-    """
-    if isinstance(mean, tuple):
-        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
-        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
-    normalised = (grey.unsqueeze(1) - mean) / std
-    return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 # Augmentation: SimCLR's, less hue and saturation, which grey slices lack.

@@ -146,7 +146,7 @@ def plain_features(encoder, slices):
 def test_features_are_made_again_when_the_code_was_edited(
     made, selected, encoder, tmp_path, monkeypatch
 ):
-    """An edited encoder.py or simclr.py must not select by the features of the old one."""
+    """An edited encoder.py must not select by the features of the old one."""
     flags = ["--strategy", "embedding", "--encoder", encoder]
     selected("embedding-0.997", *flags)
     [features] = (made[0] / "store").glob("features-*.npy")
@@ -159,7 +159,7 @@ def test_features_are_made_again_when_the_code_was_edited(
     monkeypatch.setattr(reduce, "code_digest", lambda *names: dict.fromkeys(names, "edited"))
     _, summary = selected("embedding-0.997", *flags)
     assert features.read_bytes() == right
-    assert {"common/encoder.py", "common/simclr.py"} < set(summary["code"])
+    assert "common/encoder.py" in summary["code"]
 
 
 def test_hash_to_a_budget_and_over_the_data_set(made, selected):
