@@ -16,7 +16,6 @@ there names the images that look alike.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, features, input_statistics, load_encoder, to_input
-from common.files import atomic_write, code_digest, csv_line, fail, locked, run_script
+from common.files import atomic_write, csv_line, fail, locked, one_digest, run_script
 from common.results import KEY, read_results, same, scores_folder, write_line
 from common.tables import tables
 from common.tasks import (
@@ -61,7 +60,7 @@ def main():
     if sys.argv[1:2] in (["tables"], ["figure"]):
         return print_results(sys.argv[1], sys.argv[2:])
     args = parse_args()
-    code = digest_of_code()
+    code = one_digest(*CODE)
     refuse_lines_of_other_code(args, code)
     task = load_task(args.task, args.data, args.size)
     folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
@@ -71,6 +70,7 @@ def main():
     for seed, source in seeds_and_encoders(args):
         missing = []
         for row in plan(args, task, seed, source, code):
+            refuse_another_encoder(args.results, row)
             if is_done(args.results, row):
                 print(f"{title(row)}: done before")
             else:
@@ -343,30 +343,33 @@ def forward(model, task, rows, flip, args, device):
 
 
 def pretraining(source):
-    """Of the run that made the encoder, from the log beside it: columns of results.csv.
+    """Of the run that made the encoder: columns of results.csv.
 
     Slices kept, optimiser steps, dose (mean over steps) and seconds; empty without a log.
     """
-    log = Path(source).parent / "log.jsonl"
-    if source in ("scratch", "imagenet") or not log.is_file():
+    settings, epochs = read_log(source)
+    if not epochs:
         return {"slices": "", "steps": "", "dose": "", "pretrain_seconds": ""}
-    first, *epochs = [json.loads(line) for line in log.read_text().splitlines()]
-    dose = ""
-    if epochs and all("dose" in line for line in epochs):  # older logs have none
-        steps = np.diff([0, *(line["step"] for line in epochs)])
-        dose = f"{np.average([line['dose'] for line in epochs], weights=steps):.4f}"
+    steps = np.diff([0, *(line["step"] for line in epochs)])
+    dose = np.average([line["dose"] for line in epochs], weights=steps)
     return {
-        "slices": first["settings"]["slices"],
-        "steps": first["settings"]["steps"],
-        "dose": dose,
+        "slices": settings["slices"],
+        "steps": settings["steps"],
+        "dose": f"{dose:.4f}",
         "pretrain_seconds": f"{sum(line['seconds'] for line in epochs):.1f}",
     }
 
 
-def digest_of_code():
-    """8 hex digits over CODE."""
-    digests = "".join(code_digest(*CODE).values())
-    return hashlib.sha256(digests.encode()).hexdigest()[:8]
+def read_log(source):
+    """(settings, lines of the epochs) of the log.jsonl beside an encoder; ({}, []) without one."""
+    log = Path(source).parent / "log.jsonl"
+    if source in ("scratch", "imagenet") or not log.is_file():
+        return {}, []
+    try:
+        first, *epochs = [json.loads(line) for line in log.read_text().splitlines()]
+        return first["settings"], epochs
+    except (ValueError, KeyError, TypeError):
+        fail(f"{log}: not a log of pretrain.py, or damaged: move it away from the encoder")
 
 
 def refuse_lines_of_other_code(args, code):
@@ -376,6 +379,16 @@ def refuse_lines_of_other_code(args, code):
             fail(
                 f"{args.results}: its lines of {args.task} were made by other code "
                 f"({', '.join(CODE)}): give another --results, or delete those lines"
+            )
+
+
+def refuse_another_encoder(results, row):
+    """A line is never replaced by one of another encoder, nor are two encoders one seed."""
+    for old in read_results(results):
+        if same(old, row, KEY) and old["encoder"] != row["encoder"]:
+            fail(
+                f"{results}: {title(row)} is of another encoder, {old['encoder']}: give another "
+                "--name or --results, or delete that line"
             )
 
 
@@ -436,18 +449,10 @@ def seeds_and_encoders(args):
         return [(seed, args.encoder[seed % len(args.encoder)]) for seed in range(args.seeds)]
     if args.encoder == ["scratch"]:
         return [(seed, "scratch") for seed in range(args.seeds)]
-    seeds = [pretraining_seed(source) for source in args.encoder]
+    seeds = [read_log(source)[0].get("seed") for source in args.encoder]
     if None in seeds or len(set(seeds)) < len(seeds):
         seeds = range(len(args.encoder))
     return list(zip(seeds, args.encoder))
-
-
-def pretraining_seed(source):
-    """The seed of the run that made the encoder; None without a log beside it."""
-    log = Path(source).parent / "log.jsonl"
-    if not log.is_file():
-        return None
-    return json.loads(log.read_text().splitlines()[0])["settings"].get("seed")
 
 
 def parse_args():

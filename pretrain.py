@@ -210,6 +210,8 @@ def parse_args():
         fail(f"--mask-negatives {args.mask_negatives}: must be 0 to 64 bits")
     if args.mask_random and args.mask_negatives is None:
         fail("--mask-random needs --mask-negatives, whose number of negatives it takes away")
+    if args.mask_random and args.loss_groups > 1:
+        fail("--mask-random draws from the whole batch: it does not go with --loss-groups")
     if args.lr is None:
         args.lr = 0.3 * args.batch_size / 256 if args.optimizer == "lars" else 1e-3
     return args
@@ -236,11 +238,11 @@ def describe(args, selection, device, world):
         fail(f"--precision: {error}")
     slices, per_epoch = slices_per_epoch(selection, args.sample), batches_per_epoch(selection, args)
     smallest = slices // per_epoch
-    if smallest < max(2, world):
+    if smallest < max(2 * args.loss_groups, world):
         fail(
             f"{args.selection}: its {slices} slices make batches of {smallest}: a batch needs at "
-            f"least 2 slices, and 1 for each of the {world} processes: give a larger --batch-size, "
-            "or fewer processes"
+            f"least 2 slices for each of the {args.loss_groups} --loss-groups, and 1 for each of "
+            f"the {world} processes: give a larger --batch-size, or fewer of these"
         )
     settings = {name: getattr(args, name) for name in SETTINGS}
     return settings | {

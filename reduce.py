@@ -40,7 +40,7 @@ from common.files import atomic_write, code_digest, exclusive, fail, run_script,
 from common.hashing import hamming
 from common.pictures import contact_sheet
 from common.similarity import MEASURES, RADIUS
-from common.store import check_folders, open_or_build_store, read_selection
+from common.store import check_folders, open_or_build_store, read_selection, store_digest
 from common.workers import in_order, worker_pool
 
 BASELINES = ["all", "every-n", "random", "redundant"]
@@ -432,11 +432,6 @@ def write_summary(args, name, threshold, store, kept, dose, seconds):
     }
     with atomic_write(args.out / f"{name}.json", text=True) as file:
         json.dump(summary, file, indent=1)
-
-
-def store_digest(out):
-    """What a selection records of its store: the checksum of slices.csv."""
-    return json.loads((out / "store.json").read_text())["crc32"]["slices.csv"]
 
 
 # --- Comparison.

@@ -23,6 +23,7 @@ Stopped and started again, it goes on where it was; a step made by code that was
   --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
   --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
   --jobs N           study: runs at a time, each on its share of the cores (default: 1)
+  --steps N          study: optimiser steps of a row without a length in its name (default: 750)
 
 Rows (name | reduce.py | pretrain.py; # is any whole number; KEEP slices are as many as Hash-6 keeps):
 TEXT
@@ -103,6 +104,9 @@ covid-ct | --folds 5 --repeats 10
 covid-ct |
 head-ct  | --folds 5 --repeats 10'
 study_steps=750
+study_code='reduce.py pretrain.py evaluate.py common/auc.py common/batches.py common/ct.py common/dicom.py common/encoder.py
+  common/hashing.py common/reduction.py common/similarity.py common/simclr.py common/store.py common/tasks.py
+  common/volumes.py'
 default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
   Embedding-budget Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked Hash-6-steps Random-steps'
 toy_rows='scratch ALL EveryN Random-matched Hash-6 SSIM MI Embedding Redundant ALL-masked Clusters-6 ALL-c32 ALL-c32-masked
@@ -121,8 +125,9 @@ main() {
   mkdir -p "$out/done"
   code=$("$python" -m common.files)
 
-  run_reduce --strategy all # always called: it notices when the CT has changed
-  once hash-6 run_reduce --strategy hash --threshold 6
+  reduce=("$python" reduce.py "$ct" "$out/slices" $reduce_flags)
+  "${reduce[@]}" --strategy all # always called: it notices when the CT has changed
+  select_row Hash-6 0
   hash6=$out/slices/hash-6.csv
   keep=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["kept"])' "${hash6%.csv}.json")
   if [ "$mode" = study ]; then study; exit; fi
@@ -145,27 +150,37 @@ main() {
   echo "Written to $out/tables.md and figure.svg; selections to look at: $out/slices/*.png"
 }
 
-# study: seed by seed over all rows, so that a study cut short is balanced. Lines of results.csv are not made again,
-# even where the run behind them is gone.
+# study: seed by seed over all rows, so that a study cut short is balanced. A run that runs.jsonl holds is not made again,
+# even where its encoder is gone; one of other code or other flags stops the study.
 study() {
   local seed row runs
+  exec 9> "$out/.study-lock"
+  flock -n 9 || stop "$out: another study is at work there"
+  trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
+  trap 'exit 130' INT TERM
+  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations"
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
   for ((seed = 0; seed < 12; seed++)); do
     while IFS=' |' read -r row runs; do
-      if [ -z "$row" ] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
-      while (($(jobs -rp | wc -l) >= jobs)); do wait -n || stop "a run failed: see the last of $out/done/log-*.txt"; done
+      if [[ " $rows " != *" $row "* ]] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
+      while (($(jobs -rp | wc -l) >= jobs)); do wait_for_one; done
       if [[ $row == Embedding* ]]; then pretrain_row ALL 0; fi
       if [ "$row" != scratch ]; then select_row "${row%%-steps*}" "$seed"; fi
       study_run "$row" "$seed" < /dev/null > "$out/done/log-$row-$seed.txt" 2>&1 &
-    done <<< "$study_rows"
+    done <<< "${study_rows#?}"
   done
-  wait
+  while [ -n "$(jobs -p)" ]; do wait_for_one; done
+  "$python" evaluate.py tables "$out/results.csv" > "$out/tables.md"
+  "$python" evaluate.py study "$out/results.csv" --figure "$out/figure.svg" > "$out/README.md"
+  cat "$out/README.md"
 }
 
-# study_run ROW SEED: pre-trains and evaluates; keeps the first and last line of the run's log.
+wait_for_one() { wait -n || stop "a run of the study failed: see the newest of $out/done/log-*.txt"; }
+
+# study_run ROW SEED: pre-trains and evaluates; runs.jsonl keeps the first and last line of the run's log.
 study_run() {
-  local encoder=scratch run=$out/runs/$1-seed-$2 task flags
+  local encoder=scratch run=$out/runs/$1-seed-$2 task flags first=null last=null
   if [ "$1" != scratch ]; then
     pretrain_row "$1" "$2"
     encoder=$run/encoder.pt
@@ -176,19 +191,28 @@ study_run() {
     "$python" evaluate.py "$task" "$data/$task" --encoder "$encoder" --seeds $(($2 + 1)) --name "$1" \
       --results "$out/results.csv" $evaluate_flags $flags
   done <<< "$study_evaluations"
-  if [ "$1" != scratch ]; then
-    printf '{"row": "%s", "seed": %s, "first": %s, "last": %s}\n' "$1" "$2" \
-      "$(head -n 1 "$run/log.jsonl")" "$(tail -n 1 "$run/log.jsonl")" >> "$out/runs.jsonl"
-  fi
+  if [ "$1" != scratch ]; then first=$(head -n 1 "$run/log.jsonl") last=$(tail -n 1 "$run/log.jsonl"); fi
+  printf '{"row": "%s", "seed": %s, "made_by": "%s", "first": %s, "last": %s}\n' "$1" "$2" "$(study_digest)" "$first" "$last" \
+    >> "$out/runs.jsonl"
 }
 
-# is_evaluated ROW SEED: whether results.csv holds the six lines of a study's run.
+# is_evaluated ROW SEED: whether runs.jsonl says so; stops at one that other code or other flags have made.
 is_evaluated() {
-  [ -f "$out/results.csv" ] || return 1
-  [ "$(awk -F, -v row="$1" -v seed="$2" '$2 == row && $5 == seed' "$out/results.csv" | wc -l)" -ge 6 ]
+  local found
+  found=$(grep -F "{\"row\": \"$1\", \"seed\": $2," "$out/runs.jsonl" 2>/dev/null | tail -n 1) || return 1
+  [[ $found == *"\"made_by\": \"$(study_digest)\""* ]] ||
+    stop "$out/runs.jsonl: $1 seed $2 was made by other code or other flags: give another --out"
 }
 
-select_row() { once "$(selection_key "$1" "$2")" run_reduce $(flags_of "$1" "$2" 2); }
+study_digest() { cksum <<< "$made_by" | tr ' ' '-'; }
+
+# select_row ROW SEED: writes the row's selection, unless it is there.
+select_row() {
+  local key
+  key=$(selection_key "$1" "$2")
+  [ -f "$(selection_of "$1" "$2")" ] || rm -f "$out/done/$key"
+  once "$key" "${reduce[@]}" $(flags_of "$1" "$2" 2)
+}
 
 # pretrain_row ROW SEED: selects the row's slices and trains on them.
 pretrain_row() {
@@ -198,6 +222,7 @@ pretrain_row() {
   case $1 in
     *-steps) flags="$flags --steps $(steps_of_all 1)" ;;
     *-steps-x*) flags="$flags --steps $(steps_of_all "${1##*-steps-x}")" ;;
+    *) if [ "$mode" = study ]; then flags="$flags --steps $study_steps"; fi ;;
   esac
   once "pretrain-$1-$2" "$python" pretrain.py "$(selection_of "$name" "$2")" "$out/runs/$1-seed-$2" \
     --seed "$2" $pretrain_flags $flags
@@ -223,7 +248,7 @@ selection_key() {
 }
 
 # selection_of ROW SEED: the file that reduce.py named in its last line.
-selection_of() { sed -n 's/.* -> //p' "$out/done/$(selection_key "$1" "$2").txt"; }
+selection_of() { sed -n 's/.* -> //p' "$out/done/$(selection_key "$1" "$2").txt" 2>/dev/null || true; }
 
 # steps_of_all FACTOR: that many times the optimiser steps of ALL.
 steps_of_all() {
@@ -243,16 +268,19 @@ evaluate_row() {
   done
 }
 
-run_reduce() { "$python" reduce.py "$ct" "$out/slices" $reduce_flags "$@"; }
-
-# once KEY COMMAND...: runs the command unless it has ended well before, word for word, by the same code.
+# once KEY COMMAND...: runs the command unless it has ended well before: word for word, by the same code, on the same
+# store and with the same files in its arguments.
 once() {
-  local key=$1 done_file=$out/done/$1
+  local key=$1 done_file=$out/done/$1 words argument
   shift
-  if [ "$(cat "$done_file" 2>/dev/null)" = "$code $*" ]; then return; fi
+  words="$code $* $(cksum < "$out/slices/store.json")"
+  for argument in "$@"; do
+    if [ -f "$argument" ] && [ "$argument" != "$out/results.csv" ]; then words="$words $(cksum < "$argument")"; fi
+  done
+  if [ "$(cat "$done_file" 2>/dev/null)" = "$words" ]; then return; fi
   printf '\n--- %s\n' "$key"
   "$@" | tee "$done_file.txt"
-  printf '%s\n' "$code $*" > "$done_file"
+  printf '%s\n' "$words" > "$done_file"
 }
 
 parse() {
@@ -261,7 +289,7 @@ parse() {
     case $1 in
       --help | -h) usage; exit ;;
       --test | --install) mode=${1#--}; shift; continue ;;
-      --data | --study | --out | --seeds | --jobs | --rows | --embedding | --reduce | --pretrain | --evaluate)
+      --data | --study | --out | --seeds | --jobs | --steps | --rows | --embedding | --reduce | --pretrain | --evaluate)
         [ $# -gt 1 ] || stop "$1 needs a value" ;;
       *) stop "$1 is not an option" ;;
     esac
@@ -271,6 +299,7 @@ parse() {
       --out) out=$2 ;;
       --seeds) seeds=$2 ;;
       --jobs) jobs=$2 ;;
+      --steps) study_steps=$2 ;;
       --rows) rows=$2 ;;
       --embedding) encoder=$2 ;;
       --reduce) reduce_flags=$2 ;;
@@ -279,14 +308,26 @@ parse() {
     esac
     shift 2
   done
-  if [ -z "$rows" ] && [ "$mode" = toy ]; then rows=$toy_rows; fi
-  rows=${rows:-$default_rows}
+  if [ -z "$rows" ]; then
+    case $mode in
+      toy) rows=$toy_rows ;;
+      study) rows=$(sed 's/|.*//' <<< "$study_rows") ;;
+      *) rows=$default_rows ;;
+    esac
+  fi
+  rows=$(echo $rows) # one line
   for row in $rows; do
     [ "$row" = scratch ] || [[ $row =~ -steps-x[0-9.]+$ || $row =~ -steps$ || ! $row =~ -steps ]] || stop "--rows: $row is not a row"
     [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
   done
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"
+  [[ $study_steps =~ ^[1-9][0-9]*$ ]] || stop "--steps $study_steps: must be a whole number, at least 1"
+  if [ "$mode" = study ]; then
+    [ -z "$seeds" ] || stop "--seeds: the study has its own numbers of runs: edit study_rows"
+  else
+    [ "$jobs" = 1 ] || stop "--jobs is for --study"
+  fi
   if [ -n "$data" ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
@@ -323,7 +364,7 @@ prepare_data() {
   ct=$data/ct tasks='' seeds=${seeds:-1}
   if [ "$mode" = study ]; then
     out=${out:-$PWD/results/study} reduce_flags=${reduce_flags:---size 128}
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 64 --optimizer adamw --warmup 0.1 --steps $study_steps}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 64 --optimizer adamw --warmup 0.1}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64}
   fi
   out=${out:-$PWD/results/$(basename "$data")}
@@ -331,21 +372,23 @@ prepare_data() {
   for task in covid-ct organ head-ct; do
     if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi
   done
+  [ "$mode" != study ] || [ "$tasks" = ' covid-ct organ head-ct' ] || stop "$data: the study needs covid-ct, organ and head-ct"
   [ -n "$tasks" ] || stop "$data: holds none of covid-ct, organ and head-ct"
 }
 
 # Every flag is read by the script it is for before hours of work begin.
 check_flags() {
-  local encoders=() script flags
+  local encoders=() evaluation
   for ((seed = 0; seed < seeds; seed++)); do encoders+=("run-$seed/encoder.pt"); done
-  for script in reduce pretrain evaluate; do
-    case $script in
-      reduce) flags="data out --strategy all $reduce_flags" ;;
-      pretrain) flags="selection.csv run $pretrain_flags" ;;
-      evaluate) flags="${tasks##* } data --results results.csv $evaluate_flags --encoder ${encoders[*]}" ;;
-    esac
-    "$python" -c "import $script; $script.parse_args()" $flags || stop "--$script: see the line above"
-  done
+  check_script reduce data out --strategy all $reduce_flags
+  check_script pretrain selection.csv run $pretrain_flags
+  while IFS= read -r evaluation; do
+    check_script evaluate "${tasks##* }" data --results results.csv $evaluate_flags ${evaluation#*|} --encoder "${encoders[@]}"
+  done <<< "$(if [ "$mode" = study ]; then tail -n +2 <<< "$study_evaluations"; else echo '|'; fi)"
+}
+
+check_script() {
+  "$python" -c "import $1; $1.parse_args()" "${@:2}" < /dev/null || stop "--$1: see the line above"
 }
 
 stop() {

@@ -21,7 +21,7 @@ READERS = 4  # threads; several, so that a cold disk has several reads to work o
 AHEAD = 8  # batches
 
 # What the random numbers of an epoch or a step are for: each purpose has a stream of its own.
-DRAW_MEMBERS, SHUFFLE_RUNS, AUGMENT, DROP_NEGATIVES = 1, 2, 3, 4
+DRAW_MEMBERS, ORDER, AUGMENT, DROP_NEGATIVES = 1, 2, 3, 4
 
 
 class Batch(NamedTuple):
@@ -86,7 +86,7 @@ def batches_per_epoch(selection, args):
 def epoch_batches(selection, args, epoch):
     """The batches of an epoch, arrays of rows: near-equal in size, none above batch_size."""
     rows = epoch_rows(selection, args.sample, args.seed, epoch)
-    rng = np.random.default_rng([args.seed, epoch, SHUFFLE_RUNS])
+    rng = np.random.default_rng([args.seed, epoch, ORDER])
     runs = cut_into_runs(rows, selection.store.volume_index[rows], args.neighbours, rng)
     order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
     return np.array_split(order, batches_per_epoch(selection, args))
@@ -155,7 +155,7 @@ def as_many_at_random(mask, rng):
     """The control of a mask [n, n]: each row has as many entries, drawn from all but the diagonal."""
     lots = rng.random(mask.shape)
     np.fill_diagonal(lots, np.inf)  # a slice stays with itself
-    rank = lots.argsort(axis=1).argsort(axis=1)
+    rank = lots.argsort(axis=1).argsort(axis=1)  # of each lot in its row
     return rank < mask.sum(axis=1, keepdims=True)
 
 

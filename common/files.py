@@ -133,6 +133,11 @@ def code_digest(*names):
     return {name: syntax_digest((ROOT / name).read_text()) for name in names}
 
 
+def one_digest(*names):
+    """8 hex digits over the code_digest of several files."""
+    return hashlib.sha256(repr(code_digest(*names)).encode()).hexdigest()[:8]
+
+
 def syntax_digest(source):
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -140,7 +145,25 @@ def syntax_digest(source):
             node
         ):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest()[:8]
+
+
+def syntax(node):
+    """A syntax tree as nested tuples, the same in every version of Python.
+
+    ast.dump is not: newer versions have fields that are empty here, or cut f-strings otherwise.
+    """
+    if isinstance(node, list):
+        return [syntax(item) for item in node]
+    if isinstance(node, ast.Constant):
+        return repr(node.value)
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    if isinstance(node, ast.JoinedStr):
+        parts = [part for part in node.values if getattr(part, "value", None) != ""]
+        fields = [("values", parts)]
+    return (type(node).__name__, *((name, syntax(value)) for name, value in fields))
 
 
 def check_code(product, before, now, remedy):
@@ -155,11 +178,15 @@ def check_code(product, before, now, remedy):
 
 
 def main():
-    """Print one digest of all code of the package, for reproduce.sh to notice an edit."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
-    names = sorted(path.relative_to(ROOT).as_posix() for path in files)
-    found = repr(code_digest(*names)).encode()
-    print(hashlib.sha256(found).hexdigest()[:8])
+    """Print one digest of the named files, or of all code of the package.
+
+    reproduce.sh notices edits by it.
+    """
+    names = sys.argv[1:]
+    if not names:
+        files = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
+        names = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    print(one_digest(*names))
 
 
 if __name__ == "__main__":

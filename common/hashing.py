@@ -8,9 +8,7 @@ from PIL import Image
 
 from common.files import fail
 
-NEAR_DUPLICATE = (
-    6  # bits of dHash that two near-duplicates differ in at most: the paper's best threshold
-)
+NEAR_DUPLICATE = 6  # bits that differ at most: the paper's best threshold
 
 
 def slice_hash(slice8):

@@ -66,7 +66,7 @@ class Selection(NamedTuple):
     store: Store
     kept: np.ndarray  # rows that stay, int [kept]
     representative: np.ndarray  # the kept row that stands for each row of the store, int [N]
-    digest: str  # 16 hex digits: changes with the selection and with the store's table
+    digest: str  # 16 hex digits: changes with the selection and with the store
 
 
 def check_folders(data, out):
@@ -316,6 +316,12 @@ def read_store(out):
     return Store(out / "slices.npy", slices, hashes, names, volumes, skipped)
 
 
+def store_digest(out):
+    """8 hex digits that change with any pixel or line of the store in out."""
+    checksums = read_json(out / "store.json")["crc32"]
+    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:8]
+
+
 def read_json(path):
     """The object that reduce.py wrote into a .json file; stops with one line if it is damaged."""
     try:
@@ -402,10 +408,12 @@ def read_selection(path):
     if not np.isin(representative, np.flatnonzero(kept)).all():
         fail(f"{path}: a representative must be a kept row; {again}")
     summary = read_json(path.with_suffix(".json"))
-    if summary.get("store") != read_json(path.parent / "store.json")["crc32"]["slices.csv"]:
+    if summary.get("store") != store_digest(path.parent):
         fail(f"{path}: was made for another store than the one in {path.parent}; {again}")
-    table = path.read_bytes() + (path.parent / "slices.csv").read_bytes()
-    digest = hashlib.sha256(table).hexdigest()[:16]
+    code = summary.get("code") or {}
+    check_code(path, code, code_digest(*code), again)
+    content = path.read_bytes() + store_digest(path.parent).encode()
+    digest = hashlib.sha256(content).hexdigest()[:16]
     return Selection(store, np.flatnonzero(kept), representative, digest)
 
 

@@ -1,6 +1,7 @@
 """The Markdown tables made from a results.csv, and the paper's numbers."""
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common import auc
-from common.files import atomic_write, code_digest, fail
+from common.files import atomic_write, fail, locked, syntax_digest
 from common.results import read_results, read_scores, scores_folder
 
 BUDGET = "Hash-6"  # rows that keep as many slices as this one are marked
 EQUAL = 0.01  # as many means within 1 %
 PRECISION = 1e-5  # of the bootstrap's AUCs, as they are kept
+BOOTSTRAP = [auc.bootstrap, auc.sample_weights, auc.weighted_auc, auc.binary_auc]
 DEPENDENT = {  # tasks whose images depend on each other in a way that their file does not tell
     "organ": "no scan numbers, so intervals are too narrow"
 }
@@ -38,6 +40,8 @@ A run is one pre-training (for scratch: one set of random weights). AUC: mean ov
 [95 % interval]: a t interval over runs with the test images added: the variance between runs, taken
 as equal for all rows of a task, and that of a bootstrap of whole groups of test images, by class.
 A row with one run says nothing about other runs: its interval covers images only, and it has no p.
+Where few labels were drawn, all hold for these draws. With fewer than 20 groups of test images,
+intervals are too narrow.
 Holm: p corrected for all differences of a table; "may be chance" marks those of 0.05 or more."""
 
 
@@ -115,6 +119,7 @@ def task_statistics(results, variant, rows, task):
     "between_runs": auc.variance_between_runs}
     """
     lines = [row for row in rows if row["task"] == task]
+    check_settings(results, lines)
     runs = {name: runs_of(lines, name) for name in unique(lines, "name")}
     aucs = {
         name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
@@ -128,6 +133,16 @@ def task_statistics(results, variant, rows, task):
         "images": "/".join(unique(lines, "test")),
         "between_runs": auc.variance_between_runs(aucs.values()),
     }
+
+
+def check_settings(results, lines):
+    """Stop with one line if rows that a table compares were evaluated with other settings."""
+    for line in lines[1:]:
+        if line["settings"] != lines[0]["settings"]:
+            fail(
+                f"{results}: {line['task']}: {lines[0]['name']} and {line['name']} cannot be "
+                f"compared: {lines[0]['settings']} is not {line['settings']}: evaluate them alike"
+            )
 
 
 def runs_of(lines, name):
@@ -146,18 +161,18 @@ def image_part(results, task, runs):
     records = line_records(results, task, lines)
     if records is None:
         return dict.fromkeys([(a, b) for a in runs for b in runs], 0.0), 0
-    draws = {}
     for line, record in zip(lines, records):
         if record["tested"] != records[0]["tested"]:
             fail(
                 f"{results}: {task}: {line['name']} seed {line['seed']} was not tested on the "
                 f"images of {lines[0]['name']}: delete one of these lines and evaluate again"
             )
-        draws[id(line)] = np.array(record["draws"]) * PRECISION
-
-    rows = []
-    for name in runs:
-        rows.append(np.array([np.mean([draws[id(line)] for line in run], 0) for run in runs[name]]))
+    draws = (np.array(record["draws"]) * PRECISION for record in records)
+    # the records are in the order of the lines: row by row, run by run
+    rows = [
+        np.array([np.mean([next(draws) for _ in run], axis=0) for run in runs[name]])
+        for name in runs
+    ]
     covariance = auc.image_covariance(rows)
     pairs = {(a, b): covariance[i][j] for i, a in enumerate(runs) for j, b in enumerate(runs)}
     return pairs, records[0]["groups"]
@@ -178,7 +193,7 @@ def line_records(results, task, lines):
     for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
         known[line_digest(line)] = make_record(results, line)
     if missing:
-        with atomic_write(path, text=True) as file:
+        with locked(path), atomic_write(path, text=True) as file:
             file.writelines(json.dumps(record) + "\n" for record in known.values())
     return [known[digest] for digest in digests]
 
@@ -194,7 +209,8 @@ def read_records(path):
 
 def line_digest(line):
     """Changes with the line and with the code of the bootstrap."""
-    made_from = json.dumps([line, code_digest("common/auc.py")], sort_keys=True)
+    code = syntax_digest("".join(inspect.getsource(function) for function in BOOTSTRAP))
+    made_from = json.dumps([line, code, auc.DRAWS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
