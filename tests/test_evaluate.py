@@ -316,14 +316,27 @@ def test_lines_of_edited_code_are_refused_not_reused(data, tmp_path, here, stopp
     command = ["evaluate.py", "toy-lesion", data, *flags(results, "scratch"), "--seeds", 1]
     here(*command)
     before = results.read_bytes()
-    edited = evaluate.code_digest(*evaluate.CODE) | {"evaluate.py": "0" * 8}
-    monkeypatch.setattr(evaluate, "code_digest", lambda *names: edited)
+    monkeypatch.setattr(evaluate, "one_digest", lambda *names: "0" * 8)
     line = stopped(*command)
     assert "lines of toy-lesion were made by other code" in line and "another --results" in line
     assert "made by other code" in stopped(*command, "--name", "another-row")
     assert results.read_bytes() == before
     task = ["evaluate.py", "toy-organ", data, *flags(results, "scratch"), "--seeds", 1]
     assert "AUC" in here(*task)  # its lines are not compared with those
+
+
+def test_a_line_is_never_replaced_by_one_of_another_encoder(data, tmp_path, here, stopped):
+    """Two encoders without a log are both seed 0 of their row."""
+    results = tmp_path / "results.csv"
+    for i in range(2):
+        weights = load_encoder("scratch", "resnet18", i).state_dict()
+        torch.save(weights, tmp_path / f"{i}.pt")
+    here("evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "0.pt"), "--name", "ALL")
+    before = results.read_bytes()
+    command = ["evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "1.pt")]
+    assert "seed 0 is of another encoder" in stopped(*command, "--name", "ALL")
+    assert results.read_bytes() == before
+    assert "AUC" in here(*command, "--name", "other")
 
 
 def test_two_evaluations_share_a_results_file(data, tmp_path):

@@ -104,7 +104,8 @@ def test_edited_code_is_never_mistaken_for_the_old(store, run, tmp_path):
     """An edited augmentation: a finished and an unfinished run are refused; a comment changes nothing."""
     package = tmp_path / "package"
     shutil.copytree(ROOT / "common", package / "common")
-    shutil.copy(ROOT / "pretrain.py", package)
+    for script in ("pretrain.py", "reduce.py"):
+        shutil.copy(ROOT / script, package)
     command = [package / "pretrain.py", store / "hash-6.csv", tmp_path / "run", "--steps", 2, *TINY]
     run(*command)
     source = (package / "common" / "simclr.py").read_text()
@@ -149,6 +150,8 @@ def test_the_log_tells_the_dose(store, here, tmp_path):
         (["--seed", -1], "--seed -1: must be"),
         (["--warmup", 2], "--warmup 2.0: must be a share"),
         (["--batch-size", 1], "a batch needs at least 2 slices"),
+        (["--batch-size", 8, "--loss-groups", 5], "for each of the 5 --loss-groups"),
+        (["--mask-negatives", 6, "--mask-random", "--loss-groups", 2], "go with --loss-groups"),
     ],
 )
 def test_wrong_flags_get_one_line(store, stopped, tmp_path, flags, message):

@@ -87,7 +87,11 @@ def edited(monkeypatch):
         assert old in source
         digest = files.syntax_digest(source.replace(old, new))
         real = files.code_digest
-        monkeypatch.setattr(store, "code_digest", lambda *names: real(*names) | {name: digest})
+
+        def digests(*names):
+            return real(*names) | ({name: digest} if name in names else {})
+
+        monkeypatch.setattr(store, "code_digest", digests)
 
     return edit
 
@@ -272,6 +276,18 @@ def test_a_selection_is_known_by_its_own_store(made, copied, stopped, run, tmp_p
     assert "was made for another store" in line
     shutil.copy(copied / "hash-6.csv", tmp_path)
     assert "no store beside it" in stopped("pretrain.py", tmp_path / "hash-6.csv", tmp_path / "run")
+
+
+def test_a_selection_of_other_pixels_or_of_other_code_is_another(made, run, edited, tmp_path):
+    """The same slices at another size are another run's data; an edited rule needs a new selection."""
+    folder = made[0]
+    run("reduce.py", folder / "ct", tmp_path / "small", *HASH[:2], "--size", 16)
+    small = store.read_selection(tmp_path / "small" / "hash-6.csv")
+    selection = store.read_selection(folder / "store" / "hash-6.csv")
+    assert small.kept.tolist() == selection.kept.tolist() and small.digest != selection.digest
+    edited("common/reduction.py", "remaining[0]", "remaining[-1]")
+    with pytest.raises(SystemExit, match="another version of common/reduction.py: make it again"):
+        store.read_selection(folder / "store" / "hash-6.csv")
 
 
 def test_read_selection(made):

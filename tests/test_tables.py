@@ -209,6 +209,14 @@ def test_tables_without_the_scores(tmp_path):
         tables(results)
 
 
+def test_rows_of_other_settings_are_not_compared(tmp_path):
+    results = tmp_path / "results.csv"
+    make(results, "covid-ct", "linear", rows=["ALL", "Hash-6"])
+    results.write_text(results.read_text().replace("as set", "size=32", 1))
+    with pytest.raises(SystemExit, match="ALL and ALL cannot be compared: linear size=32 is not"):
+        tables(results)
+
+
 def test_rows_tested_on_other_images_are_refused(tmp_path):
     results = tmp_path / "results.csv"
     made = make(results, "covid-ct", "linear", rows=["ALL", "Hash-6"])
