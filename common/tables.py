@@ -392,6 +392,11 @@ def find_name(names, name):
     return next((found for found in names if found.lower() == name.lower()), None)
 
 
+def row_of(name):
+    """Hash-6 for Hash-6-steps-x3: the row of which a row is another length."""
+    return name.split("-steps")[0]
+
+
 def unique(rows, column):
     """The different values of a column, in the order of the rows."""
     return list(dict.fromkeys(row[column] for row in rows))
