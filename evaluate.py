@@ -8,6 +8,7 @@
     python evaluate.py images DATA ...                   # your own, listed in DATA/labels.csv
     python evaluate.py tables results.csv                # Markdown
     python evaluate.py figure results.csv FIGURE.svg
+    python evaluate.py study results.csv --figure FIGURE.svg   # results/study/plan.md's analysis
 
 Lines that results.csv already holds for the same encoder, settings, data and code are not computed
 again; several evaluations may write to one results.csv at the same time. The test scores are kept
@@ -33,8 +34,10 @@ from tqdm import tqdm
 
 from common import auc, simclr
 from common.encoder import encoder_hash, features, input_statistics, load_encoder, to_input
+from common.figure import figure, study_figure
 from common.files import atomic_write, csv_line, fail, locked, one_digest, run_script
 from common.results import KEY, read_results, same, scores_folder, write_line
+from common.study import OUTCOMES, PRIMARY, study
 from common.tables import tables
 from common.tasks import (
     DUPLICATE_BITS,
@@ -57,7 +60,7 @@ CODE = [  # the files that decide a line; what others decide (images, groups) is
 
 
 def main():
-    if sys.argv[1:2] in (["tables"], ["figure"]):
+    if sys.argv[1:2] in (["tables"], ["figure"], ["study"]):
         return print_results(sys.argv[1], sys.argv[2:])
     args = parse_args()
     code = one_digest(*CODE)
@@ -460,7 +463,9 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables, figure")
+    add(
+        "task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables, figure, study"
+    )
     add("data", type=Path, metavar="DATA", help="the task's folder (npz tasks: or its file)")
     add(
         "--encoder",
@@ -564,12 +569,15 @@ def check_args(args):
 
 
 def print_results(command, arguments):
-    """evaluate.py tables results.csv, or evaluate.py figure results.csv FIGURE."""
+    """evaluate.py tables results.csv, figure results.csv FIGURE, or study results.csv."""
     parser = argparse.ArgumentParser(prog=f"evaluate.py {command}")
     parser.add_argument("results", type=Path, help="CSV that evaluate.py wrote")
     if command == "figure":
         parser.add_argument("figure", type=Path, help="SVG file to write")
-    parser.add_argument("--baseline", default="ALL", help="row compared to (default: ALL)")
+    if command == "study":
+        parser.add_argument("--figure", type=Path, help="SVG file to write")
+    else:
+        parser.add_argument("--baseline", default="ALL", help="row compared to (default: ALL)")
     args = parser.parse_args(arguments)
     if not args.results.is_file():
         fail(
@@ -577,11 +585,13 @@ def print_results(command, arguments):
         )
     if command == "tables":
         print(tables(args.results, args.baseline))
-        return
-    from common.figure import figure
-
-    figure(args.results, args.figure, args.baseline)
-    print(f"Written to {args.figure}")
+    elif command == "study":
+        print(study(args.results))
+        if args.figure:
+            study_figure(args.results, args.figure, *OUTCOMES[PRIMARY])
+    else:
+        figure(args.results, args.figure, args.baseline)
+        print(f"Written to {args.figure}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from common.tables import (
     cost,
     estimate,
     find_name,
+    row_of,
     task_statistics,
     title,
     unique,
@@ -105,10 +106,10 @@ def study_figure(results, path, task, key, prefixes=("ALL", "Hash-6", "Random-ma
     """AUC against optimiser steps (left) and against the dose of near-duplicate negatives (right).
 
     key: (protocol, label_share, folds). Left: a curve for each prefix, through the row of that name
-    and those that add a length to it (Hash-6-half-steps, ALL-3x-steps, Hash-6-epochs). Right: the
-    first prefix, alone and with runs of neighbours (ALL, ALL-c8), plain and with masked negatives
-    (ALL-masked, ALL-c8-masked); a masked row stands at the dose that its plain one met. Bands: 95 %
-    t interval over runs, without the images, which are the same for all.
+    and its other lengths (Hash-6-steps-x0.5, ALL-steps-x3). Right: the first prefix, alone and with
+    runs of neighbours (ALL, ALL-c8), plain and with masked negatives (ALL-masked, ALL-c8-masked); a
+    masked row stands at the dose that its plain one met. Bands: 95 % t interval over runs, without
+    the images, which are the same for all; a hollow dot has one run and so no band.
     """
     rows = variants(read_results(results)).get(key, [])
     if task not in unique(rows, "task"):
@@ -131,7 +132,10 @@ def study_figure(results, path, task, key, prefixes=("ALL", "Hash-6", "Random-ma
     doses = "near-duplicate negatives a slice meets"
     draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)
     draw_curves(drawing, by_dose, y_axis, (446, 790), doses, scratch)
-    caption = "Bands: 95 % interval over pre-training runs. Dashed: untrained weights (scratch)."
+    caption = (
+        "Bands: 95 % interval over pre-training runs (hollow: one run). "
+        "Dashed: untrained weights (scratch)."
+    )
     drawing.append(text(12, 420, caption, colour=GREY))
     write_svg(path, drawing, 434)
 
@@ -143,9 +147,8 @@ def over_runs(found, name):
 
 
 def steps_curve(prefix, estimates, costs):
-    """[(steps, estimate), ...] of a row and of those that add a length to its name."""
-    lengths = re.compile(rf"{re.escape(prefix)}(-.*(steps|epochs))?")
-    names = [name for name in estimates if lengths.fullmatch(name) and "steps" in costs[name]]
+    """[(steps, estimate), ...] of a row and of its other lengths."""
+    names = [name for name in estimates if row_of(name) == prefix and "steps" in costs[name]]
     return sorted([(costs[name]["steps"], estimates[name]) for name in names], key=itemgetter(0))
 
 
@@ -183,9 +186,9 @@ def draw_curves(drawing, curves, y_axis, sides, label, scratch):
         drawing.append(band(lower + upper[::-1], colour))
         for before, after in zip(points, points[1:]):
             drawing.append(line(*before, *after, colour, width=2))
-        for (x, y), low, high in zip(points, lower, upper):
+        for (x, y), low, high, (_, one) in zip(points, lower, upper, curve):
             drawing.append(line(*low, *high, colour, width=1.5))
-            drawing.append(dot(x, y, colour, colour))
+            drawing.append(dot(x, y, colour, colour if one["runs"] > 1 else "white"))
         drawing.append(dot(legend + 5, 390, colour, colour))
         drawing.append(text(legend + 14, 394, name))
         legend += 26 + LETTER * len(name)

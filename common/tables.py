@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -209,9 +210,13 @@ def read_records(path):
 
 def line_digest(line):
     """Changes with the line and with the code of the bootstrap."""
-    code = syntax_digest("".join(inspect.getsource(function) for function in BOOTSTRAP))
-    made_from = json.dumps([line, code, auc.DRAWS], sort_keys=True)
+    made_from = json.dumps([line, bootstrap_digest(), auc.DRAWS], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+@cache
+def bootstrap_digest():
+    return syntax_digest("".join(inspect.getsource(function) for function in BOOTSTRAP))
 
 
 def make_record(results, line):
@@ -390,6 +395,11 @@ def markdown(lines):
 def find_name(names, name):
     """The row of that name, in any case of letters; None if there is none."""
     return next((found for found in names if found.lower() == name.lower()), None)
+
+
+def row_of(name):
+    """Hash-6 for Hash-6-steps-x3: the row of which a row is another length."""
+    return name.split("-steps")[0]
 
 
 def unique(rows, column):

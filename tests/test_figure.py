@@ -101,16 +101,17 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
     rows = {  # steps, dose
         "scratch": ("", ""),
         "ALL": (750, 0.4),
-        "ALL-half-steps": (375, 0.4),
+        "ALL-steps-x0.5": (375, 0.4),
         "Hash-6": (750, 0.1),
-        "Hash-6-epochs": (106, 0.1),
+        "Hash-6-steps-x0.146": (106, 0.1),
         "ALL-masked": (750, 0.0),
         "ALL-c32": (750, 13),
         "ALL-c32-masked": (750, 0.0),
+        "ALL-c32-steps-x3": (2250, 13),  # another length of a row that has no curve
         "Random-matched": (750, 0.4),
     }
     for name, (steps, dose) in rows.items():
-        for seed in range(2):
+        for seed in range(1 if name == "Random-matched" else 2):
             line = dict.fromkeys(COLUMNS, "1") | {
                 "task": "organ",
                 "name": name,
@@ -129,6 +130,7 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
     root, texts, dots = read_svg(tmp_path / "study.svg")
     points = [dot for dot in dots if dot[1] < 345]  # those below are the legend
     assert len(points) == (2 + 2 + 1) + (2 + 2)
+    assert [fill for _, _, fill in points].count("white") == 1  # one run
     left = {number for number, x, y in numbers(texts) if y == 350 and x < 420}
     right = {number: x for number, x, y in numbers(texts) if y == 350 and x > 420}
     assert left == {106, 375, 750} and set(right) == {0.4, 13}
@@ -139,6 +141,8 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
     found = task_statistics(results, LINEAR, read_results(results), "organ")
     x = texts["106"][0][0]
     y = next(dot[1] for dot in points if dot[0] == x)
-    assert slope * y + offset == pytest.approx(found["aucs"]["Hash-6-epochs"].mean(), abs=0.002)
+    assert slope * y + offset == pytest.approx(
+        found["aucs"]["Hash-6-steps-x0.146"].mean(), abs=0.002
+    )
     with pytest.raises(SystemExit, match="no results of covid-ct"):
         study_figure(results, tmp_path / "study.svg", "covid-ct", LINEAR)

@@ -1,0 +1,222 @@
+"""The study's analysis against plain arithmetic on made-up AUCs, without scores: runs only."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from common.results import COLUMNS
+from common.study import OUTCOMES, PLANNED, PRIMARY, SPLIT, study
+
+MEANS = {"scratch": 0.86, "ALL-c32": 0.88, "ALL-c32-masked": 0.885, "Random-matched": 0.9}
+HYPOTHESES = [("Hash-6", "ALL"), ("Hash-6", "Random-matched"), ("ALL-c32-masked", "ALL-c32")]
+
+
+def made_up(spread=0.004, **means):
+    """{row: AUC of each planned run of organ with 1 % of the labels}."""
+    rng = np.random.default_rng(0)
+    means = MEANS | {name.replace("_", "-"): mean for name, mean in means.items()}
+    return {
+        name: np.round(means.get(name, 0.91) + spread * rng.standard_normal(PLANNED[name]), 5)
+        for name in PLANNED
+    }
+
+
+def write(path, aucs, outcomes=OUTCOMES):
+    """results.csv with the lines of all outcomes: each column's AUCs are 0.01 below the last's."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for i, column in enumerate(outcomes):
+            task, variant = OUTCOMES[column]
+            for name in aucs:
+                for seed, auc in enumerate(aucs[name]):
+                    line = cost_of(name) | {"task": task, "name": name, "seed": seed}
+                    line |= dict(zip(["protocol", "label_share", "folds"], variant))
+                    encoder = name if name == "scratch" else f"{name}-{seed}"
+                    line |= {"encoder": encoder, "test": 80, "auc": f"{auc - i / 100:.5f}"}
+                    writer.writerow(line)
+    return path
+
+
+def cost_of(name):
+    if name == "scratch":
+        return {}
+    reduced = name.startswith(("Hash", "Random"))
+    steps = 700 * float(name.split("-steps-x")[1] if "-steps-x" in name else 1)
+    return {
+        "slices": 857 if reduced else 6075,
+        "steps": round(steps),
+        "dose": 0.4,
+        "pretrain_seconds": steps * 0.6,
+    }
+
+
+def part(text, title):
+    """What stands under a heading."""
+    return text.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def table(text, title):
+    """{first cell: the other cells} of the table under a heading."""
+    lines = [line.strip("| ").split(" | ") for line in part(text, title).splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) > 2}
+
+
+def plain(aucs, name, other):
+    """(difference, half the 95 % interval, half the 90 % one, p) with the pooled variance."""
+    freedom = sum(len(runs) - 1 for runs in aucs.values())
+    squares = sum(((runs - runs.mean()) ** 2).sum() for runs in aucs.values())
+    error = np.sqrt(squares / freedom * (1 / len(aucs[name]) + 1 / len(aucs[other])))
+    value = aucs[name].mean() - aucs[other].mean()
+    half, half_90 = error * stats.t.ppf([0.975, 0.95], freedom)
+    return value, half, half_90, 2 * stats.t.sf(abs(value) / error, freedom)
+
+
+def shown(aucs, name, other):
+    value, half, *_ = plain(aucs, name, other)
+    return f"{value:+.4f} [{value - half:+.4f}, {value + half:+.4f}]"
+
+
+def p_shown(p):
+    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
+
+
+def test_primary_differences_and_holm_are_plain_arithmetic(tmp_path):
+    aucs = made_up(spread=0.006)
+    text = study(write(tmp_path / "results.csv", aucs))
+    assert text.startswith("145 of 145 planned runs.") and "10 draws of labels at hand" in text
+    assert text.index("organ 1 %, organ 100 %, covid-ct, head-ct: no test scores") < text.index(
+        "| H1"
+    )
+    found = table(text, "Primary")
+    p = [plain(aucs, *pair)[3] for pair in HYPOTHESES]
+    corrected = dict.fromkeys(range(3), 0.0)
+    largest = 0
+    for factor, i in zip((3, 2, 1), np.argsort(p)):
+        largest = corrected[i] = max(largest, min(1, factor * p[i]))
+    assert len(set(corrected.values())) == 3
+    for i, (name, other) in enumerate(HYPOTHESES):
+        assert found[f"H{i + 1}"] == [
+            f"{name} - {other}",
+            f"{len(aucs[name])}, {len(aucs[other])}",
+            shown(aucs, name, other),
+            p_shown(p[i]),
+            p_shown(corrected[i]),
+        ]
+    predicted = found["H3's gain, as the paper explains it"]
+    assert predicted == ["ALL - ALL-c32", "12, 6", shown(aucs, "ALL", "ALL-c32"), "-", "-"]
+    assert not re.search("p[=<]", text.replace(part(text, "Primary"), ""))  # no other p
+
+
+@pytest.mark.parametrize(
+    "means, claimed",
+    [
+        ({}, True),
+        ({"Hash_6": 0.935}, False),  # better by more than the margin is not equivalent
+        ({"Hash_6": 0.885}, False),
+        ({"scratch": 0.96}, False),  # pre-training gains nothing
+    ],
+)
+def test_equivalence_is_claimed_within_a_third_of_the_gain(tmp_path, means, claimed):
+    aucs = made_up(**means)
+    text = part(study(write(tmp_path / "results.csv", aucs)), "Equivalence")
+    value, _, half_90, _ = plain(aucs, "Hash-6", "ALL")
+    margin = (aucs["ALL"].mean() - aucs["scratch"].mean()) / 3
+    assert claimed == (abs(value) + half_90 < margin)
+    assert ("**claimed**" in text, "**not claimed**" in text) == (claimed, not claimed)
+    assert f"[{value - half_90:+.4f}, {value + half_90:+.4f}]" in text
+    assert f"±{margin:.4f}, a third of ALL - scratch = {shown(aucs, 'ALL', 'scratch')}" in text
+
+
+def test_the_split_adds_up(tmp_path):
+    aucs = made_up(ALL_masked=0.93, Clusters_6=0.9)
+    found = table(study(write(tmp_path / "results.csv", aucs)), "Hash-6 - ALL, split")
+    for name, pair in SPLIT.items():
+        runs = ", ".join(str(len(aucs[row])) for row in pair)
+        assert found[name] == [" - ".join(pair), runs, shown(aucs, *pair)]
+    *parts, together = [float(found[name][-1].split()[0]) for name in SPLIT]
+    assert sum(parts) == pytest.approx(together, abs=2e-4)  # as printed
+    assert SPLIT["together"] == ("Hash-6", "ALL") and min(map(abs, parts)) > 0.005
+
+
+def test_all_rows_and_what_they_cost(tmp_path):
+    extra = {"Another": np.array([0.9, 0.92]), "EveryN": np.linspace(0.9, 0.92, 5)}
+    aucs = made_up() | extra
+    text = study(write(tmp_path / "results.csv", aucs))
+    assert text.startswith("145 of 145")  # runs that were not planned do not count
+    found = table(text, "All rows")
+    assert list(found) == ["row", "---", *PLANNED, "Another"]
+    assert found["scratch"][:3] == ["-", "-", "12 of 12"] and found["ALL"][-1] == "-"
+    assert found["Hash-6"][:3] == ["857", "0.40", "8 of 8"]
+    assert found["Another"][2] == "2, not planned" and found["EveryN"][2] == "5 of 3"
+    for i in range(4):
+        mean, sd = aucs["Hash-6"].mean() - i / 100, aucs["Hash-6"].std(ddof=1)
+        assert found["Hash-6"][3 + i].startswith(f"{mean:.3f} ± {sd:.3f} [")
+    assert found["Hash-6"][-1] == shown(aucs, "Hash-6", "ALL")
+
+
+def test_length_counts_the_slices_that_steps_have_seen(tmp_path):
+    aucs = made_up() | {name: np.array([0.9]) for name in ("ALL-double-steps-x2", "X-steps-x2")}
+    found = table(study(write(tmp_path / "results.csv", aucs)), "Length")
+    lengths = ["-steps-x0.146", "-steps-x0.5", "", "-steps-x3"]
+    doubles = ["ALL-double", "ALL-double-steps-x2"]
+    rows = [f"ALL{length}" for length in lengths[1:]]
+    rows += [f"{row}{length}" for row in ("Hash-6", "Random-matched") for length in lengths]
+    assert sorted(found) == sorted(["row", "---", *rows, *doubles])
+    assert [row for row in found if row.startswith("Hash")] == [f"Hash-6{end}" for end in lengths]
+    for row, batch_size in (("Hash-6", 128), ("ALL-steps-x3", 128), ("ALL-double", 256)):
+        cost = cost_of(row)
+        batches = np.array_split(np.arange(cost["slices"]), -(-cost["slices"] // batch_size))
+        seen = cost["steps"] * np.mean([len(batch) for batch in batches])
+        expected = [str(cost["steps"]), f"{seen / 1000:.1f}", f"{cost['steps'] / 100:.1f}"]
+        assert found[row][:4] == [*expected, str(PLANNED[row])]
+        assert found[row][4].startswith(f"{aucs[row].mean():.3f} ")
+    assert found["Hash-6"][1] == "85.7"  # 100 epochs of 857
+
+
+def test_a_study_cut_short(tmp_path):
+    """Holm counts three, also where a row is missing or has one run."""
+    aucs = made_up(spread=0.006)
+    full = study(write(tmp_path / "results.csv", aucs))
+    for name in PLANNED:
+        rest = {row: aucs[row] for row in aucs if row != name}
+        text = study(write(tmp_path / "results.csv", rest))
+        assert text.startswith(f"{145 - PLANNED[name]} of 145 planned runs.")
+        cells = table(text, "All rows")[name]
+        assert cells == ["-", "-", f"0 of {PLANNED[name]}", *["-"] * 4, cells[-1]]
+        assert cells[-1] == ("-" if name == "ALL" else "needs more runs")
+    short = aucs | {"ALL-c32": aucs["ALL-c32"][:1], "Random-matched": aucs["Random-matched"][:1]}
+    text = study(write(tmp_path / "results.csv", short))
+    found = table(text, "Primary")
+    assert found["H3"][1:] == ["6, 1", "needs more runs", "-", "-"]
+    assert found["H2"][1:] == ["8, 1", "needs more runs", "-", "-"]
+    p = plain(short, "Hash-6", "ALL")[3]
+    assert found["H1"][3:] == [p_shown(p), p_shown(min(1, 3 * p))]
+    assert table(full, "Primary")["H1"][4] != found["H1"][4]
+
+    first_runs = {name: aucs[name][:1] for name in aucs}
+    text = study(write(tmp_path / "results.csv", first_runs, outcomes=[PRIMARY]))
+    assert text.startswith("26 of 145") and "Needs more runs of Hash-6, ALL or scratch." in text
+    found = table(text, "All rows")
+    for name in set(PLANNED) - {"ALL"}:
+        assert found[name][4:] == ["-", "-", "-", "needs more runs"]
+
+
+def test_the_plan_is_that_of_reproduce_sh():
+    rows = re.search("^study_rows='(.*?)'", (ROOT / "reproduce.sh").read_text(), re.S | re.M)[1]
+    pairs = [line.split("|") for line in rows.strip().splitlines()]
+    assert {name.strip(): int(runs) for name, runs in pairs} == PLANNED
+
+
+def test_the_command_prints_the_analysis_and_draws_the_figure(tmp_path, run):
+    results = write(tmp_path / "results.csv", made_up())
+    done = run("evaluate.py", "study", results, "--figure", tmp_path / "figure.svg")
+    assert done.stdout == study(results) + "\n"
+    assert "optimiser steps" in (tmp_path / "figure.svg").read_text()
+    write(results, made_up(), outcomes=["covid-ct"])
+    with pytest.raises(SystemExit, match="holds no results of organ, linear, 1 % of the"):
+        study(results)
