@@ -1,11 +1,10 @@
-"""Kills the scripts at random moments, starts them again, and compares with a run that nobody disturbed.
+"""Kills the scripts at random moments, starts them again, compares with a run left undisturbed.
 
-python tests/faults.py --kills 20        # of each script; prints a line a kill
+python tests/faults.py --kills 20    # of each script; prints a line a kill
 """
 
 import argparse
 import csv
-import io
 import json
 import os
 import shutil
@@ -18,84 +17,45 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import toy  # noqa: E402
 
-TIMES = {
-    "seconds",
-    "mtime_ns",
-    "images_per_second",
-    "waiting",
-    "command",
-    "pretrain_seconds",
-}  # what differs between equal runs
+# what differs between equal runs
+TIMES = {"seconds", "mtime_ns", "images_per_second", "waiting", "command", "pretrain_seconds"}
+SAVE_AFTER_EVERY_STEP = (
+    "import pretrain; from common.files import run_script; "
+    "pretrain.SAVE_EVERY = 0; run_script(pretrain.main)"
+)
 
 
 def commands(folder):
-    """{script: the command, without its output} on toy data written below folder; pretrain.py saves after every step."""
+    """{script: function of the output folder that gives its command}; writes toy data in folder."""
     toy.write_cohort(folder / "ct", patients=3, slices=30)
     toy.write_tasks(folder, size=32)
-    subprocess.run(
-        [sys.executable, "reduce.py", folder / "ct", folder / "store", "--strategy", "hash"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    often = [
-        "-c",
-        "import pretrain; from common.files import run_script; pretrain.SAVE_EVERY = 0; run_script(pretrain.main)",
-    ]
-    return {
-        "reduce.py": lambda out: [
-            "reduce.py",
-            folder / "ct",
-            out,
-            "--strategy",
-            "ssim",
-            "--keep",
-            0.2,
-        ],
-        "pretrain.py": lambda out: [
-            *often,
-            folder / "store" / "hash-6.csv",
-            out,
-            "--arch",
-            "resnet18",
-            "--optimizer",
-            "adamw",
-            "--size",
-            32,
-            "--batch-size",
-            8,
-            "--epochs",
-            6,
-        ],
-        "evaluate.py": lambda out: [
-            "evaluate.py",
-            "toy-organ",
-            folder,
-            "--encoder",
-            "scratch",
-            "--results",
-            out / "results.csv",
-            "--arch",
-            "resnet18",
-            "--size",
-            32,
-            "--epochs",
-            2,
-            "--seeds",
-            3,
-        ],
-    }
+    finish(["reduce.py", folder / "ct", folder / "store", "--strategy", "hash"])
+    selection = folder / "store" / "hash-6.csv"
+    small = ["--arch", "resnet18", "--size", 32]
+
+    def reduce(out):
+        return ["reduce.py", folder / "ct", out, "--strategy", "ssim", "--keep", 0.2]
+
+    def pretrain(out):
+        flags = ["--optimizer", "adamw", "--batch-size", 8, "--epochs", 6]
+        return ["-c", SAVE_AFTER_EVERY_STEP, selection, out, *small, *flags]
+
+    def evaluate(out):
+        flags = ["--encoder", "scratch", "--epochs", 2, "--seeds", 3]
+        results = ["--results", out / "results.csv"]
+        return ["evaluate.py", "toy-organ", folder, *results, *small, *flags]
+
+    return {"reduce.py": reduce, "pretrain.py": pretrain, "evaluate.py": evaluate}
 
 
 def start(command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, command)]
     return subprocess.Popen(
-        command,
+        [sys.executable, *map(str, command)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -106,7 +66,8 @@ def start(command):
 
 def finish(command):
     """Run to the end; its seconds."""
-    started, process = time.perf_counter(), start(command)
+    started = time.perf_counter()
+    process = start(command)
     printed = process.communicate()[0]
     if process.returncode:
         raise SystemExit(f"{command}\n{printed}")
@@ -114,51 +75,60 @@ def finish(command):
 
 
 def content(folder):
-    """{file: what it holds, but for times} of everything below folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[str(path.relative_to(folder))] = timeless(path)
-    return found
+    """{file: what it holds, without times} of everything below folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): without_times(path) for path in files}
 
 
-def timeless(path):
-    if path.suffix in (".json", ".jsonl"):
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        return [
-            {key: value for key, value in json.loads(line).items() if key not in TIMES}
-            for line in lines
-        ]
-    if path.name == "results.csv":
-        rows = csv.DictReader(io.StringIO(path.read_text()))
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-    return path.read_bytes()
+def without_times(path):
+    if path.suffix == ".json":
+        lines = [json.loads(path.read_text())]
+    elif path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    elif path.name == "results.csv":
+        with open(path, newline="") as file:
+            lines = list(csv.DictReader(file))
+    else:
+        return path.read_bytes()
+    return [{key: line[key] for key in line if key not in TIMES} for line in lines]
 
 
-def killed(command, after):
-    """SIGKILL the command `after` seconds from its start; waits until its workers are gone too. Whether it still ran."""
+def kill(command, after):
+    """Kill the command `after` seconds from its start, and wait until its workers have ended too.
+
+    Returns whether it still ran.
+    """
     process = start(command)
     time.sleep(after)
     running = process.poll() is None
     process.send_signal(signal.SIGKILL)
-    process.communicate()  # ends when the last process that holds its output has gone
+    process.communicate()  # ends with the last process that holds its output
     return running
 
 
 def same_after_kills(command, folder, kills, seed):
-    """Kill at `kills` random moments, each in a new folder, start again, compare; yields (seconds, equal)."""
-    reference, rng = folder / "undisturbed", np.random.default_rng(seed)
+    """Kill at `kills` random moments, each in a new folder, start again, compare with a reference.
+
+    command: function of the output folder. Yields (seconds until the kill, names of the files that
+    differ from those of a run left undisturbed).
+    """
+    reference = folder / "undisturbed"
     seconds = finish(command(reference))
-    expected, done = content(reference), 0
+    expected = content(reference)
+    rng = np.random.default_rng(seed)
+    done = 0
     while done < kills:
-        out, after = folder / "killed", rng.uniform(0.2, 1) * seconds
+        out = folder / "killed"
+        after = rng.uniform(0.2, 1) * seconds
         shutil.rmtree(out, ignore_errors=True)
-        if not killed(command(out), after):  # it was over already: faster than the first
+        if not kill(command(out), after):  # it had ended already: faster than the first
             seconds = min(seconds, after)
             continue
         finish(command(out))
         done += 1
-        yield after, content(out) == expected
+        found = content(out)
+        names = sorted(expected | found)
+        yield after, [name for name in names if found.get(name) != expected.get(name)]
 
 
 def main():
@@ -173,16 +143,14 @@ def main():
         for script, command in commands(Path(work)).items():
             if args.script not in (None, script):
                 continue
-            results = []
-            for after, equal in same_after_kills(
+            same = 0
+            for after, different in same_after_kills(
                 command, Path(work, script), args.kills, args.seed
             ):
-                results.append(equal)
-                print(
-                    f"{script}: killed after {after:.1f} s: {'the same files' if equal else 'OTHER FILES'}",
-                    flush=True,
-                )
-            print(f"{script}: {sum(results)} of {len(results)} the same")
+                same += not different
+                result = f"OTHER FILES: {', '.join(different)}" if different else "the same files"
+                print(f"{script}: killed after {after:.1f} s: {result}", flush=True)
+            print(f"{script}: {same} of {args.kills} the same")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kills, full disks and folders that cannot be used: one clear line, and nothing done is lost."""
+"""Kills and full disks: one clear line, and nothing done is lost."""
 
 import resource
 import signal
@@ -8,8 +8,6 @@ from functools import partial
 import faults
 import pytest
 
-from common import toy
-
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
@@ -17,10 +15,9 @@ def commands(tmp_path_factory):
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path):
-    """tests/faults.py does this 20 times, and with pretrain.py and evaluate.py, which take longer to start."""
-    assert all(
-        equal for _, equal in faults.same_after_kills(commands["reduce.py"], tmp_path, 2, seed=3)
-    )
+    """tests/faults.py does this 20 times, also with pretrain.py and evaluate.py, slow to start."""
+    kills = list(faults.same_after_kills(commands["reduce.py"], tmp_path, 2, seed=3))
+    assert [different for _, different in kills] == [[], []]
 
 
 def allow(size):
@@ -36,28 +33,18 @@ def allow(size):
 def test_a_full_disk_gets_one_line_and_harms_nothing(
     commands, tmp_path, monkeypatch, script, limits
 ):
-    """With room again, reduce.py goes on to its end; that the others do shows tests/faults.py."""
-    out, popen = tmp_path / "out", subprocess.Popen
+    """With room again, reduce.py goes on to its end; that the others do, tests/faults.py shows."""
+    out = tmp_path / "out"
+    popen = subprocess.Popen
     for limit in limits:
         monkeypatch.setattr(subprocess, "Popen", partial(popen, preexec_fn=partial(allow, limit)))
         process = faults.start(commands[script](out))
         printed = process.communicate()[0]
-        assert process.returncode == 1 and "Traceback" not in printed and "error: " in printed, (
-            printed
-        )
-        assert not out.exists() or not [
-            name for name in faults.content(out) if name.endswith((".unfinished", ".lock"))
-        ]
+        assert process.returncode == 1, printed
+        assert "error: " in printed and "Traceback" not in printed
+        for name in faults.content(out):
+            # results.csv.lock stays: another evaluation may be waiting for it
+            assert not name.endswith(".unfinished") and name != ".lock"
     monkeypatch.undo()
     if script == "reduce.py":
         faults.finish(commands[script](out))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, run):
-    """ct/, and out/ with the selections hash-6 and ssim-0.7."""
-    folder = tmp_path_factory.mktemp("store")
-    toy.write_cohort(folder / "ct", patients=2, slices=12)
-    for strategy in ("hash", "ssim"):
-        run("reduce.py", folder / "ct", folder / "out", "--strategy", strategy, "--size", 32)
-    return folder

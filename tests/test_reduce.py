@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import sys
-from types import SimpleNamespace
 
 import imagehash
 import numpy as np
@@ -295,30 +293,3 @@ def write_selection_of_one_volume(store):
     (store / "empty.csv").write_text("\n".join(lines))
     (store / "../other").mkdir(exist_ok=True)
     (store / "../other/a.csv").touch()
-
-
-def test_the_benchmark_of_reduce_runs(tmp_path, monkeypatch, capsys):
-    """Tiny; what only the plain way needs, and the tests must not, is replaced by plain code."""
-    cv2 = SimpleNamespace(NORM_MINMAX=32)
-    cv2.normalize = lambda hu, _, low, high, kind: np.interp(hu, [hu.min(), hu.max()], [low, high])
-    cv2.imwrite = lambda path, grey: Image.fromarray(grey).save(path)
-    skimage = SimpleNamespace(structural_similarity=lambda a, b, **_: similarity.plain_ssim(a, b))
-    monkeypatch.setitem(sys.modules, "cv2", cv2)
-    monkeypatch.setitem(sys.modules, "skimage.metrics", skimage)
-    from tests import benchmark_reduce, plain_way
-
-    plain = {"hash": plain_way.by_hash, "pairs": plain_way.pairs, "select": plain_way.select}
-
-    def in_this_process(name, *arguments):
-        return plain[name](*arguments)
-
-    monkeypatch.setattr(benchmark_reduce, "plain_way", in_this_process)
-    monkeypatch.setattr(benchmark_reduce, "SLICES", 20)
-    monkeypatch.setattr(benchmark_reduce, "EMBEDDED", 2)
-    monkeypatch.setattr(benchmark_reduce, "PAPER", {"LIDC-IDRI": (5, 600), "PET-CT": (5, 900)})
-    toy.write_cohort(tmp_path / "ct", patients=2, slices=5)
-    args = SimpleNamespace(dicom=tmp_path / "ct", volumes=tmp_path / "ct", rounds=1)
-    benchmark_reduce.run(args)
-    printed = capsys.readouterr().out
-    assert printed.count("yes") == 4 and "NO" not in printed
-    assert "| embedding |" in printed
