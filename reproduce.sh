@@ -15,7 +15,7 @@ it uses that Python as it is, for example one with PyTorch's CPU build, which sp
 Stopped and started again, it goes on where it was; a step made by code that was edited since is refused.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
-  --seeds K          pre-training runs a row (default: 1; toy: 2)
+  --seeds K          pre-training runs a row (default: 1; toy: 2; study: those of study_rows, at most K)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
   --rows "A B"       of the rows below (default for real data: scratch, those without # and without "double" in their name,
                      Hash-3, Hash-6, Hash-12, Clusters-6, ALL-c32, ALL-c32-masked, Hash-6-steps, Random-steps; toy: 14 of them)
@@ -97,7 +97,7 @@ ALL-steps-x3               | 4
 Hash-6-steps-x3            | 4
 Random-matched-steps-x3    | 4
 Hash-6-steps-x0.146        | 4
-Random-matched-steps-x0.146| 4'
+Random-matched-steps-x0.146 | 4'
 study_evaluations='
 organ    | --label-share 0.01 0.1 1
 covid-ct | --folds 5 --repeats 10
@@ -161,7 +161,7 @@ study() {
   made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations"
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
-  for ((seed = 0; seed < 12; seed++)); do
+  for ((seed = 0; seed < seeds; seed++)); do
     while IFS=' |' read -r row runs; do
       if [[ " $rows " != *" $row "* ]] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
       while (($(jobs -rp | wc -l) >= jobs)); do wait_for_one; done
@@ -178,9 +178,9 @@ study() {
 
 wait_for_one() { wait -n || stop "a run of the study failed: see the newest of $out/done/log-*.txt"; }
 
-# study_run ROW SEED: pre-trains and evaluates; runs.jsonl keeps the first and last line of the run's log.
+# study_run ROW SEED: pre-trains and evaluates; runs.jsonl keeps the settings and the last line of the run's log.
 study_run() {
-  local encoder=scratch run=$out/runs/$1-seed-$2 task flags first=null last=null
+  local encoder=scratch run=$out/runs/$1-seed-$2 task flags log=null
   if [ "$1" != scratch ]; then
     pretrain_row "$1" "$2"
     encoder=$run/encoder.pt
@@ -191,9 +191,10 @@ study_run() {
     "$python" evaluate.py "$task" "$data/$task" --encoder "$encoder" --seeds $(($2 + 1)) --name "$1" \
       --results "$out/results.csv" $evaluate_flags $flags
   done <<< "$study_evaluations"
-  if [ "$1" != scratch ]; then first=$(head -n 1 "$run/log.jsonl") last=$(tail -n 1 "$run/log.jsonl"); fi
-  printf '{"row": "%s", "seed": %s, "made_by": "%s", "first": %s, "last": %s}\n' "$1" "$2" "$(study_digest)" "$first" "$last" \
-    >> "$out/runs.jsonl"
+  if [ "$1" != scratch ]; then
+    log=$("$python" -c 'import json, sys; first, *_, last = map(json.loads, sys.stdin); print(json.dumps({"settings": first["settings"], "last": last}))' < "$run/log.jsonl")
+  fi
+  printf '{"row": "%s", "seed": %s, "made_by": "%s", "log": %s}\n' "$1" "$2" "$(study_digest)" "$log" >> "$out/runs.jsonl"
 }
 
 # is_evaluated ROW SEED: whether runs.jsonl says so; stops at one that other code or other flags have made.
@@ -316,6 +317,11 @@ parse() {
     esac
   fi
   rows=$(echo $rows) # one line
+  if [ "$mode" = study ]; then
+    for row in $rows; do
+      grep -q "^$row  *|" <<< "$study_rows" || stop "--rows: $row is not a row of the study"
+    done
+  fi
   for row in $rows; do
     [ "$row" = scratch ] || [[ $row =~ -steps-x[0-9.]+$ || $row =~ -steps$ || ! $row =~ -steps ]] || stop "--rows: $row is not a row"
     [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
@@ -323,11 +329,7 @@ parse() {
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"
   [[ $study_steps =~ ^[1-9][0-9]*$ ]] || stop "--steps $study_steps: must be a whole number, at least 1"
-  if [ "$mode" = study ]; then
-    [ -z "$seeds" ] || stop "--seeds: the study has its own numbers of runs: edit study_rows"
-  else
-    [ "$jobs" = 1 ] || stop "--jobs is for --study"
-  fi
+  [ "$mode" = study ] || [ "$jobs" = 1 ] || stop "--jobs is for --study"
   if [ -n "$data" ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
@@ -361,13 +363,14 @@ prepare_data() {
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
     return
   fi
-  ct=$data/ct tasks='' seeds=${seeds:-1}
+  ct=$data/ct tasks=''
   if [ "$mode" = study ]; then
+    seeds=${seeds:-12}
     out=${out:-$PWD/results/study} reduce_flags=${reduce_flags:---size 128}
     pretrain_flags=${pretrain_flags:---arch resnet18 --size 64 --optimizer adamw --warmup 0.1}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64}
   fi
-  out=${out:-$PWD/results/$(basename "$data")}
+  out=${out:-$PWD/results/$(basename "$data")} seeds=${seeds:-1}
   pretrain_flags=${pretrain_flags:---epochs 100 --warmup 0.1}
   for task in covid-ct organ head-ct; do
     if [ -d "$data/$task" ]; then tasks="$tasks $task"; else echo "$data/$task: no such folder, so this task is left out"; fi

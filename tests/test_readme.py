@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from conftest import write_covid_ct
 
 from common import toy
 
@@ -24,20 +23,6 @@ def commands(heading):
     section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
     return [shlex.split(line, comments=True) for line in lines]
-
-
-def write_covid_ct(folder):
-    rng = np.random.default_rng(0)
-    for kind in ("COVID", "NonCOVID"):
-        (folder / f"CT_{kind}").mkdir(parents=True)
-        (folder / "Data-split" / kind).mkdir(parents=True)
-        for part in ("train", "val", "test"):
-            names = [f"{part}{i}-p{i}-1%0.png" for i in range(4)]
-            for name in names:
-                pixels = rng.integers(0, 256, (40, 30), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"CT_{kind}" / name)
-            listing = folder / "Data-split" / kind / f"{part}CT_{kind}.txt"
-            listing.write_text("\n".join(names))
 
 
 def test_the_commands_of_the_readme(tmp_path):

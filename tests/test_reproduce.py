@@ -1,9 +1,16 @@
 """reproduce.sh, tiny: rows, resuming, flags that are refused before the work begins."""
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import write_covid_ct
+from PIL import Image
+
+from common import toy
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = "--arch resnet18 --size 32 --batch-size 16 --steps 2 --optimizer adamw"
@@ -32,13 +39,42 @@ def test_every_row_is_in_the_tables_with_an_interval_over_runs(reproduced):
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 2 * len(ROWS.split())
     assert {line["steps"] for line in lines if line["name"] == "Clusters-9-steps-x2"} == {"4"}
-    assert {line["dose"] for line in lines if line["name"] == "ALL-c4-masked"} == {"0.0"}
+    assert {line["dose"] for line in lines if line["name"] == "ALL-c4-masked"} == {"0.0000"}
 
 
 def test_a_second_call_does_nothing_again(reproduced, run):
     out, command, _ = reproduced
     again = run(*command, program="bash").stdout
     assert "---" not in again.split("# ")[0] and (out / "tables.md").read_text() in again
+
+
+def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
+    """One run, evaluated on all tasks, without pre-training again; figures need more rows than that."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    rng = np.random.default_rng(0)
+    toy.write_cohort(data / "ct", patients=2, slices=12)
+    write_covid_ct(data / "covid-ct", images=6)
+    (data / "head-ct").mkdir()
+    for i in range(20):
+        pixels = rng.integers(0, 256, (40, 30), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / "head-ct" / f"{i:03d}.png")
+    labels = "".join(f"{i},{i % 2}\n" for i in range(20))
+    (data / "head-ct" / "labels.csv").write_text("id,hemorrhage\n" + labels)
+    toy.write_tasks(data, size=32)
+    (data / "organ").mkdir()
+    (data / "toy-organ.npz").rename(data / "organ" / "organ.npz")
+    command = ["reproduce.sh", "--study", data, "--out", out, "--rows", "ALL-steps-x3"]
+    command += ["--seeds", 1, "--jobs", 2, "--reduce", "--size 32"]
+    command += ["--pretrain", "--arch resnet18 --size 32 --batch-size 16 --optimizer adamw"]
+    command += ["--evaluate", "--protocol linear --arch resnet18 --size 32", "--steps"]
+    text = run(*command, 1, program="bash").stdout
+    assert "1 of 145 planned runs" in text and text.endswith((out / "README.md").read_text())
+    [record] = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
+    assert record["row"] == "ALL-steps-x3" and record["log"]["settings"]["steps"] == 3
+    shutil.rmtree(out / "runs")  # as on another machine
+    assert run(*command, 1, program="bash").stdout.endswith((out / "README.md").read_text())
+    assert not (out / "runs").exists()
+    assert "by other code or other flags" in run(*command, 2, program="bash", ok=False).stderr
 
 
 @pytest.mark.parametrize(
