@@ -66,15 +66,18 @@ def draw_variant(drawing, top, results, variant, rows, baseline):
         drawing.append(text(left - 12, heights[name] + 4, labels[name], anchor="end"))
     width = (WIDTH - left) / len(tasks)
     for i, task in enumerate(tasks):
-        found = task_statistics(results, variant, rows, task)
+        found = task_statistics(results, rows, task)
         estimates = {name: estimate(found, name) for name in found["aucs"]}
         sides = left + i * width, left + (i + 1) * width - GAP
         heading = f"{task} (n={found['images']})"
         drawing.append(text(np.mean(sides), top + 46, heading, anchor="middle"))
         x_axis = axis_of([one["interval"] for one in estimates.values()], *sides)
         draw_grid(drawing, x_axis, *box)
-        draw_reference(drawing, x_axis, box, estimates.get(scratch), GREY, dashed=True)
-        draw_reference(drawing, x_axis, box, estimates.get(base), BLUE)
+        for reference, colour in ((scratch, GREY), (base, BLUE)):
+            if reference in estimates:
+                x = pixel(x_axis, estimates[reference]["value"])
+                dashed = reference == scratch
+                drawing.append(line(x, box[0], x, box[1], colour, width=1.5, dashed=dashed))
         for name in estimates:
             draw_row(drawing, x_axis, heights[name], estimates[name])
     return box[1] + 44
@@ -86,12 +89,6 @@ def kept_share(rows, name, base):
     if not kept or not everything:
         return ""
     return f" ({100 * kept['slices'] / everything['slices']:.0f} %)"
-
-
-def draw_reference(drawing, x_axis, box, estimated, colour, dashed=False):
-    if estimated:
-        x = pixel(x_axis, estimated["value"])
-        drawing.append(line(x, box[0], x, box[1], colour, width=1.5, dashed=dashed))
 
 
 def draw_row(drawing, x_axis, y, estimated):
@@ -114,7 +111,7 @@ def study_figure(results, path, task, key, prefixes=("ALL", "Hash-6", "Random-ma
     rows = variants(read_results(results)).get(key, [])
     if task not in unique(rows, "task"):
         fail(f"{results}: holds no results of {task}, {title(key)}")
-    found = task_statistics(results, key, rows, task)
+    found = task_statistics(results, rows, task)
     estimates = {name: over_runs(found, name) for name in found["aucs"]}
     costs = {name: cost(rows, name) for name in estimates}
     by_steps = {prefix: steps_curve(prefix, estimates, costs) for prefix in prefixes}
@@ -148,18 +145,21 @@ def over_runs(found, name):
 
 def steps_curve(prefix, estimates, costs):
     """[(steps, estimate), ...] of a row and of its other lengths."""
-    names = [name for name in estimates if row_of(name) == prefix and "steps" in costs[name]]
-    return sorted([(costs[name]["steps"], estimates[name]) for name in names], key=itemgetter(0))
+    return [
+        (costs[name]["steps"], estimates[name])
+        for name in estimates
+        if row_of(name) == prefix and "steps" in costs[name]
+    ]
 
 
 def dose_curve(prefix, ending, estimates, costs):
     """[(dose of the plain row, estimate of the row with this ending), ...]."""
     neighbours = re.compile(rf"{re.escape(prefix)}(-c\d+)?")
-    names = [name for name in estimates if neighbours.fullmatch(name) and "dose" in costs[name]]
-    doses = [(costs[name]["dose"], name + ending) for name in names]
-    return sorted(
-        [(dose, estimates[name]) for dose, name in doses if name in estimates], key=itemgetter(0)
-    )
+    return [
+        (costs[name]["dose"], estimates[name + ending])
+        for name in estimates
+        if neighbours.fullmatch(name) and "dose" in costs[name] and name + ending in estimates
+    ]
 
 
 def draw_curves(drawing, curves, y_axis, sides, label, scratch):
@@ -180,6 +180,7 @@ def draw_curves(drawing, curves, y_axis, sides, label, scratch):
             drawing.append(text(labelled, 350, number, anchor="middle", colour=GREY))
     legend = left
     for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, GREEN)):
+        curve = sorted(curve, key=itemgetter(0))
         points = [(x_of[x], pixel(y_axis, one["value"])) for x, one in curve]
         lower = [(x_of[x], pixel(y_axis, one["interval"][0])) for x, one in curve]
         upper = [(x_of[x], pixel(y_axis, one["interval"][1])) for x, one in curve]

@@ -28,8 +28,6 @@ A row with one run says nothing about other runs: its interval covers images onl
 Where few labels were drawn, all hold for these draws. With fewer than 20 groups of test images,
 intervals are too narrow.
 Holm: p corrected for all differences of a table; "may be chance" marks those of 0.05 or more."""
-
-
 PAPER = """\
 ## The paper's numbers
 
@@ -95,7 +93,7 @@ def variant_tables(results, variant, rows, baseline):
     """The tables of one variant: AUC with cost, differences to the baseline, their power."""
     names = unique(rows, "name")
     base = find_name(names, baseline)
-    found = {task: task_statistics(results, variant, rows, task) for task in unique(rows, "task")}
+    found = {task: task_statistics(results, rows, task) for task in unique(rows, "task")}
     text = [f"## {title(variant)}", *caveats(variant, found)]
     text.append(markdown(auc_table(rows, names, base, found)))
     if base and len(names) > 1:
@@ -122,21 +120,27 @@ def caveats(variant, found):
     return text
 
 
-def task_statistics(results, variant, rows, task):
-    """All that estimate() needs of one task in one variant.
+def task_statistics(results, rows, task):
+    """All that estimate() needs of one task, from the lines of one variant.
 
     {"aucs": {name: AUC of each run, [runs]}, "covariance": auc.image_covariance in their order,
     "groups": independent groups of test images, 0 without scores, "images": their number as text,
     "between_runs": auc.variance_between_runs}
     """
     lines = [row for row in rows if row["task"] == task]
-    check_settings(results, lines)
+    first = lines[0]
+    for line in lines:
+        if line["settings"] != first["settings"]:
+            fail(
+                f"{results}: {task}: {first['name']} and {line['name']} cannot be compared: "
+                f"{first['settings']} is not {line['settings']}: evaluate them alike"
+            )
     runs = runs_of(lines)
     aucs = {
         name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
         for name in runs
     }
-    covariance, groups = image_part(results, task, runs)
+    covariance, groups = image_part(results, task, lines, runs.values())
     return {
         "aucs": aucs,
         "covariance": covariance,
@@ -144,17 +148,6 @@ def task_statistics(results, variant, rows, task):
         "images": "/".join(unique(lines, "test")),
         "between_runs": auc.variance_between_runs(aucs.values()),
     }
-
-
-def check_settings(results, lines):
-    """Stop with one line if rows that a table compares were evaluated with other settings."""
-    first = lines[0]
-    for line in lines:
-        if line["settings"] != first["settings"]:
-            fail(
-                f"{results}: {line['task']}: {first['name']} and {line['name']} cannot be "
-                f"compared: {first['settings']} is not {line['settings']}: evaluate them alike"
-            )
 
 
 def runs_of(lines):
@@ -166,45 +159,45 @@ def runs_of(lines):
     return {name: list(runs[name].values()) for name in runs}
 
 
-def image_part(results, task, runs):
+def image_part(results, task, lines, rows):
     """(auc.image_covariance of the rows, groups of test images); without scores both are 0."""
-    lines = [line for name in runs for run in runs[name] for line in run]
-    records = line_records(results, task, lines)
-    if records is None:
-        return np.zeros((len(runs), len(runs))), 0
-    for line, record in zip(lines, records):
-        if record["tested"] != records[0]["tested"]:
+    known = bootstraps(results, task, lines)
+    if known is None:
+        return np.zeros((len(rows), len(rows))), 0
+    first = known[line_digest(lines[0])]
+    for line in lines:
+        if known[line_digest(line)]["tested"] != first["tested"]:
             fail(
                 f"{results}: {task}: {line['name']} seed {line['seed']} was not tested on the "
                 f"images of {lines[0]['name']}: delete one of these lines and evaluate again"
             )
-    # the records are in the order of the lines: row by row, run by run
-    draws = (np.array(record["draws"]) * PRECISION for record in records)
-    rows = [
-        np.array([np.mean([next(draws) for _ in run], axis=0) for run in runs[name]])
-        for name in runs
-    ]
-    return auc.image_covariance(rows), records[0]["groups"]
+
+    def draws_of(run):
+        draws = [known[line_digest(line)]["draws"] for line in run]
+        return PRECISION * np.mean(draws, axis=0)
+
+    draws = [np.array([draws_of(run) for run in row]) for row in rows]
+    return auc.image_covariance(draws), first["groups"]
 
 
-def line_records(results, task, lines):
-    """What the bootstrap found for each line: a list of dicts; None where scores are missing.
+def bootstraps(results, task, lines):
+    """{line_digest: what make_record found}, for each line; None where scores are missing.
 
     Kept in results-draws.jsonl beside results.csv, so that a second table takes no time, and none
     needs the scores, which are too large to publish.
     """
     path = Path(results).with_name(f"{Path(results).stem}-draws.jsonl")
     known = {record["line"]: record for record in read_records(path)}
-    digests = [line_digest(line) for line in lines]
-    missing = [line for line, digest in zip(lines, digests) if digest not in known]
-    if missing and not scores_folder(results).is_dir():
+    missing = [line for line in lines if line_digest(line) not in known]
+    if not missing:
+        return known
+    if not scores_folder(results).is_dir():
         return None
     for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
         known[line_digest(line)] = make_record(results, line)
-    if missing:
-        with locked(path), atomic_write(path, text=True) as file:
-            file.writelines(json.dumps(record) + "\n" for record in known.values())
-    return [known[digest] for digest in digests]
+    with locked(path), atomic_write(path, text=True) as file:
+        file.writelines(json.dumps(record) + "\n" for record in known.values())
+    return known
 
 
 def read_records(path):
