@@ -9,7 +9,6 @@ from common.tables import (
     auc_cell,
     caveats,
     cost,
-    cost_text,
     estimate,
     interval_text,
     markdown,
@@ -183,7 +182,7 @@ def rows_table(rows, found):
     lines = [["row", "slices", "dose", "runs", *found, "difference to ALL"]]
     for name in dict.fromkeys([*PLANNED, *unique(rows, "name")]):
         known = cost(rows, name)
-        costs = [cost_text(known, "slices"), cost_text(known, "dose", ".2f")]
+        costs = [f"{known['slices']:.0f}", f"{known['dose']:.2f}"] if known else ["-", "-"]
         planned = f" of {PLANNED[name]}" if name in PLANNED else ", not planned"
         aucs = [auc_cell(found[column], name) if found[column] else "-" for column in found]
         to_all = "-" if name == "ALL" else difference_text(primary, name, "ALL")
@@ -196,7 +195,7 @@ def length_table(rows, found):
     costs = {name: cost(rows, name) for name in found["aucs"]}
     lengths = {}
     for name in costs:
-        if "steps" in costs[name]:
+        if costs[name]:
             lengths.setdefault(row_of(name), []).append(name)
     lines = [["row", "steps", "C", "minutes", "runs", PRIMARY]]
     for row in lengths:
@@ -212,5 +211,5 @@ def length_cells(row, known):
     # an epoch is cut into near-equal batches of at most the batch size
     batches = math.ceil(known["slices"] / (256 if row.endswith("double") else 128))
     seen = known["steps"] * known["slices"] / batches
-    minutes = f"{known['pretrain_seconds'] / 60:.1f}" if "pretrain_seconds" in known else "-"
-    return cost_text(known, "steps"), f"{seen / 1000:.1f}", minutes
+    minutes = known["pretrain_seconds"] / 60
+    return f"{known['steps']:.0f}", f"{seen / 1000:.1f}", f"{minutes:.1f}"

@@ -237,18 +237,10 @@ def estimate(found, *names):
 
 
 def cost(rows, name):
-    """Means over a row's encoders: {"slices", "steps", "dose", "pretrain_seconds"} if known."""
+    """Means over a row's encoders: {"slices", "steps", "dose", "pretrain_seconds"}; or {}."""
     runs = {row["encoder"]: row for row in rows if row["name"] == name and row["slices"]}
-    known = {}
-    for column in ("slices", "steps", "dose", "pretrain_seconds"):
-        values = [row[column] for row in runs.values()]
-        if values and all(values):
-            known[column] = np.mean([float(value) for value in values])
-    return known
-
-
-def cost_text(known, column, style=".0f"):
-    return f"{known[column]:{style}}" if column in known else "-"
+    columns = ["slices", "steps", "dose", "pretrain_seconds"] if runs else []
+    return {column: np.mean([float(run[column]) for run in runs.values()]) for column in columns}
 
 
 def auc_table(rows, names, base, found):
@@ -277,26 +269,15 @@ def cost_cells(costs, name, base):
     known = costs[name]
     if not known:
         return ["-"] * 6
-    equal = [
-        f"{other}'s {column}"
-        for other, column in ((BUDGET, "slices"), (base, "steps"))
-        if is_equal(known, costs.get(other), column)
-    ]
+    equal = []
+    for other, column in ((BUDGET, "slices"), (base, "steps")):
+        theirs = costs.get(other)
+        if theirs and abs(known[column] - theirs[column]) <= EQUAL * theirs[column]:
+            equal.append(f"{other}'s {column}")
     seconds = known["pretrain_seconds"]
     speed_up = f"{costs[base]['pretrain_seconds'] / seconds:.1f} x" if costs.get(base) else "-"
-    return [
-        cost_text(known, "slices"),
-        cost_text(known, "steps"),
-        ", ".join(equal) or "-",
-        cost_text(known, "dose", ".2f"),
-        f"{seconds:.0f} s",
-        speed_up,
-    ]
-
-
-def is_equal(known, other, column):
-    """Whether the costs of two rows agree in a column within 1 %; False without one of them."""
-    return bool(other) and abs(known[column] - other[column]) <= EQUAL * other[column]
+    cells = [f"{known['slices']:.0f}", f"{known['steps']:.0f}", ", ".join(equal) or "-"]
+    return [*cells, f"{known['dose']:.2f}", f"{seconds:.0f} s", speed_up]
 
 
 def auc_cell(found, name):
