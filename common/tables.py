@@ -15,7 +15,14 @@ from common.results import read_results, read_scores, scores_folder
 BUDGET = "Hash-6"  # rows that keep as many slices as this one are marked
 EQUAL = 0.01  # as many means within 1 %
 PRECISION = 1e-5  # of the bootstrap's AUCs, as they are kept
-BOOTSTRAP = [auc.bootstrap, auc.sample_weights, auc.weighted_auc, auc.binary_auc]
+BOOTSTRAP = [
+    auc.sample_weights,
+    auc.bootstrap,
+    auc.bootstrap_part,
+    auc.weighted_auc,
+    auc.binary_auc,
+    auc.mean_of_defined,
+]
 BOOTSTRAP_CODE = syntax_digest("".join(map(inspect.getsource, BOOTSTRAP)))
 DEPENDENT = {  # tasks whose images depend on each other in a way that their file does not tell
     "organ": "no scan numbers, so intervals are too narrow"
@@ -173,8 +180,8 @@ def image_part(results, task, lines, rows):
             )
 
     def draws_of(run):
-        draws = [known[line_digest(line)]["draws"] for line in run]
-        return PRECISION * np.mean(draws, axis=0)
+        draws = np.array([known[line_digest(line)]["draws"] for line in run], float)
+        return PRECISION * draws.mean(axis=0)
 
     draws = [np.array([draws_of(run) for run in row]) for row in rows]
     return auc.image_covariance(draws), first["groups"]
@@ -216,7 +223,8 @@ def line_digest(line):
 
 
 def make_record(results, line):
-    """AUC under each bootstrap sample, in units of PRECISION; what was tested, and its groups."""
+    """AUC under each bootstrap sample, in units of PRECISION, None where a sample misses a class;
+    what was tested, and its groups."""
     *tested, probabilities = read_scores(results, line)
     images, labels, groups = tested
     draws = auc.bootstrap(labels, probabilities, auc.sample_weights(labels, groups))
@@ -224,7 +232,7 @@ def make_record(results, line):
         "line": line_digest(line),
         "tested": hashlib.sha256(b"".join(array.tobytes() for array in tested)).hexdigest()[:8],
         "groups": len(np.unique(groups)),
-        "draws": np.rint(draws / PRECISION).astype(int).tolist(),
+        "draws": [None if np.isnan(value) else round(value / PRECISION) for value in draws],
     }
 
 
