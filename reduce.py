@@ -91,7 +91,7 @@ def parse_args():
     add("--threshold", type=float, help="T of the table above")
     add(
         "--keep",
-        type=share_or_count,
+        type=budget,
         help="budget instead of a threshold: up to 1 a share of the slices (1 keeps all), from 2 "
         "on a number of slices (default of random and redundant: 0.1)",
     )
@@ -135,7 +135,7 @@ def parse_args():
     return args
 
 
-def share_or_count(text):
+def budget(text):
     """--keep: a share of the slices is a float, their number an int."""
     value = float(text)
     if 0 < value <= 1:
@@ -306,11 +306,14 @@ def embed_slices(args, store):
 
 def check_budget(args, store, groups):
     """Stop with one line at a number of slices that cannot be kept."""
-    least, most = len(groups), len(store.slices)
-    if isinstance(args.keep, int) and not least <= args.keep <= most:
+    if not isinstance(args.keep, int):
+        return
+    if args.keep > len(store.slices):
+        fail(f"--keep {args.keep}: there are only {len(store.slices)} slices")
+    if args.keep < len(groups):
         fail(
-            f"--keep {args.keep}: there are only {most} slices, and each of the {least} volumes "
-            f"keeps at least one: give {least} to {most}, or --scope dataset"
+            f"--keep {args.keep}: each of the {len(groups)} volumes keeps at least one slice: "
+            f"give {len(groups)} or more, or --scope dataset"
         )
 
 

@@ -119,7 +119,7 @@ def study_figure(results, path, task, variant):
         "negatives as they are": dose_curve("", estimates, costs),
         "near-duplicates masked": dose_curve("-masked", estimates, costs),
     }
-    scratch = estimates.get(find_name(list(estimates), "scratch"))
+    scratch = estimates.get(find_name(estimates, "scratch"))
     shown = [one for curve in [*by_steps.values(), *by_dose.values()] for _, one in curve]
     if not shown:
         fail(f"{results}: holds no rows of {', '.join(CURVES)} to draw")
