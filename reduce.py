@@ -44,6 +44,7 @@ from common.store import check_folders, open_or_build_store, read_selection, sto
 from common.workers import in_order, worker_pool
 
 BASELINES = ["all", "every-n", "random", "redundant"]
+WHOLE_FROM = {"hash": 0, "every-n": 1}  # strategies of whole thresholds: the smallest one
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}
 CODE = ["reduce.py", "common/reduction.py", "common/hashing.py", "common/similarity.py"]
 EMBEDDING_CODE = ["common/encoder.py"]  # it decides the features
@@ -51,8 +52,7 @@ EMBEDDING_CODE = ["common/encoder.py"]  # it decides the features
 
 def main():
     if sys.argv[1:2] == ["compare"]:
-        compare(parse_compare().selections)
-        return
+        return compare(sys.argv[2:])
     args = parse_args()
     check_folders(args.data, args.out)
     with exclusive(args.out):
@@ -64,7 +64,8 @@ def main():
         name = selection_name(args, threshold)
         kept = representative == np.arange(len(representative))
         write_selection(args.out / f"{name}.csv", representative, similarity)
-        write_picture(args.out / f"{name}.png", name, store, representative)
+        with atomic_write(args.out / f"{name}.png") as file:
+            contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
         seconds = {
             "store": stored - started,
             "select": selected - stored,
@@ -90,7 +91,7 @@ def parse_args():
     add("--threshold", type=float, help="T of the table above")
     add(
         "--keep",
-        type=float,
+        type=budget,
         help="budget instead of a threshold: up to 1 a share of the slices (1 keeps all), from 2 "
         "on a number of slices (default of random and redundant: 0.1)",
     )
@@ -125,51 +126,53 @@ def parse_args():
     add("--workers", type=int, default=None, help="processes (default: one a core)")
     args = parser.parse_args()
     check_flags(args)
-    if args.strategy in ("random", "redundant") and args.keep is None and args.like is None:
-        args.keep = 0.1
-    if args.keep is not None and args.keep > 1:
-        args.keep = int(args.keep)
-    if args.keep is None and args.threshold is None and args.like is None:
+    if args.threshold is None and args.keep is None and args.like is None:
         args.threshold = DEFAULT_THRESHOLDS.get(args.strategy)
-    if args.strategy in MEASURES and args.keep is None and args.threshold is None:
-        fail(f"--strategy {args.strategy} has no default threshold: give --threshold or --keep")
-    if args.strategy in ("hash", "every-n") and args.threshold is not None:
+        if args.strategy in ("random", "redundant"):
+            args.keep = 0.1
+    if args.threshold is not None and args.strategy in WHOLE_FROM:
         args.threshold = int(args.threshold)
     return args
 
 
+def budget(text):
+    """--keep: a share of the slices is a float, their number an int."""
+    value = float(text)
+    if 0 < value <= 1:
+        return value
+    if value >= 2 and value.is_integer():
+        return int(value)
+    fail(
+        f"--keep {text} is not a share (above 0, up to 1) nor a number of slices (whole, 2 or more)"
+    )
+
+
 def check_flags(args):
     """Stop with one line at flags that do not fit together."""
-    given = [args.threshold is not None, args.keep is not None, args.like is not None]
-    if sum(given) > 1:
+    strategy = args.strategy
+    given = [flag for flag in (args.threshold, args.keep, args.like) if flag is not None]
+    if len(given) > 1:
         fail("--threshold, --keep and --like exclude each other: give one")
-    if args.threshold is not None and args.strategy == "all":
-        fail("--strategy all has no threshold")
-    if args.threshold is not None and args.strategy in ("random", "redundant"):
-        fail(f"--strategy {args.strategy} has no threshold: use --keep or --like")
+    if given and strategy == "all":
+        fail("--strategy all keeps every slice: it takes no --threshold, --keep or --like")
+    if args.threshold is not None and strategy in ("random", "redundant"):
+        fail(f"--strategy {strategy} has no threshold: use --keep or --like")
+    if args.threshold is not None and strategy in WHOLE_FROM:
+        least = WHOLE_FROM[strategy]
+        if args.threshold < least or not args.threshold.is_integer():
+            fail(f"--threshold {args.threshold:g}: {strategy} needs a whole number from {least} on")
+    if not given and strategy in MEASURES and strategy not in DEFAULT_THRESHOLDS:
+        fail(f"--strategy {strategy} has no default threshold: give --threshold or --keep")
     if args.like is not None:
         check_like(args)
-    if args.keep is not None and args.strategy == "all":
-        fail("--strategy all keeps every slice: --keep needs another strategy")
-    if args.keep is not None and not 0 < args.keep <= 1 and not is_count(args.keep, 2):
-        fail(
-            f"--keep {args.keep:g} is not a share (above 0, up to 1) nor a number of slices "
-            "(whole, 2 or more)"
-        )
-    if args.strategy == "hash" and not is_count(args.threshold, 0):
-        fail(f"--threshold {args.threshold:g}: hash needs a whole number of bits")
-    if args.strategy == "every-n" and not is_count(args.threshold, 1):
-        fail(f"--threshold {args.threshold:g}: every-n needs a whole number of slices, 1 or more")
-    if args.strategy in MEASURES and args.scope == "dataset":
+    if args.scope == "dataset" and strategy in (*MEASURES, "redundant"):
         fail(
             "--scope dataset is for all, every-n, random, hash and embedding: "
-            f"{args.strategy} would take too long"
+            f"{strategy} compares slices within a volume"
         )
-    if args.strategy == "redundant" and args.scope == "dataset":
-        fail("--scope dataset: redundant looks for similar slices within a volume")
-    if args.strategy == "ssim" and args.size < 2 * RADIUS + 1:
+    if strategy == "ssim" and args.size < 2 * RADIUS + 1:
         fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
-    if (args.strategy == "embedding") != (args.encoder is not None):
+    if (strategy == "embedding") != (args.encoder is not None):
         fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
@@ -187,11 +190,6 @@ def check_like(args):
         fail(f"--like {args.like}: belongs to another store than {args.out}")
 
 
-def is_count(value, least):
-    """Whether a flag holds a whole number, `least` or more, or was not given."""
-    return value is None or (value >= least and value == int(value))
-
-
 # --- Selection.
 
 
@@ -200,10 +198,7 @@ def select(args, store):
 
     Returns (representative row of each row, similarity to it, threshold used or None).
     """
-    if args.scope == "volume":
-        groups = store.volumes
-    else:
-        groups = [np.arange(len(store.hashes))]
+    groups = store.volumes if args.scope == "volume" else [np.arange(len(store.slices))]
     check_budget(args, store, groups)
     if args.strategy in BASELINES:
         return *by_baseline(args, store, groups), args.threshold
@@ -219,10 +214,8 @@ def select(args, store):
 
 
 def by_baseline(args, store, groups):
-    """A strategy that knows how many slices stay.
-
-    Returns (representative row, bits of dHash that differ) of every row.
-    """
+    """A strategy that knows how many slices stay: (representative row, bits of dHash that differ)
+    of every row."""
     rng = np.random.default_rng(args.seed)
     found = []
     for rows, count in zip(groups, counts_to_keep(args, groups)):
@@ -237,15 +230,19 @@ def by_baseline(args, store, groups):
             representative = reduction.select_every(n, args.threshold)
         else:
             representative = reduction.select_evenly(n, count)
-        found.append(representative)
-    representative = rows_of_store(groups, found)
-    return representative, hamming(store.hashes, store.hashes[representative])
+        found.append(rows[representative])
+    return with_bits(store, found)
 
 
 def by_hash(store, groups, threshold):
     """(representative row, bits of dHash that differ) of every row."""
-    found = [reduction.select_hash(store.hashes[rows], threshold) for rows in groups]
-    representative = rows_of_store(groups, found)
+    found = [rows[reduction.select_hash(store.hashes[rows], threshold)] for rows in groups]
+    return with_bits(store, found)
+
+
+def with_bits(store, found):
+    """The representative rows of each group -> (those of all rows, bits of dHash that differ)."""
+    representative = np.concatenate(found)
     return representative, hamming(store.hashes, store.hashes[representative])
 
 
@@ -253,14 +250,9 @@ def by_pixels(args, store, groups, threshold):
     """(representative row, similarity) of every row, by a measure of similarity.py."""
     work = partial(select_volume, store.path, args.strategy, threshold)
     spans = [(rows[0], rows[-1] + 1) for rows in groups]
-    found = []
-    similarities = []
-    with worker_pool(args.workers) as pool, slice_bar(args.strategy, threshold, groups) as bar:
-        for representative, similarity in in_order(pool, work, spans):
-            found.append(representative)
-            similarities.append(similarity)
-            bar.update(len(similarity))
-    return rows_of_store(groups, found), np.concatenate(similarities)
+    with worker_pool(args.workers) as pool:
+        found = in_order(pool, work, spans)
+        return with_bar(f"{args.strategy} {threshold:g}", groups, found)
 
 
 def select_volume(path, strategy, threshold, span):
@@ -272,17 +264,23 @@ def select_volume(path, strategy, threshold, span):
 
 def by_embedding(groups, path, threshold):
     """(representative row, cosine) of every row, by the features at path, float32 [N, d]."""
-    found = []
+    features = np.load(path, mmap_mode="r")
+    found = (reduction.select_embeddings(features[rows], threshold) for rows in groups)
+    with threadpool_limits(1):  # so that the number of cores changes no result
+        return with_bar(f"embedding {threshold:g}", groups, found)
+
+
+def with_bar(title, groups, found):
+    """(representative, similarity) of each group, as it is found -> (representative row,
+    similarity) of every row, under a progress bar."""
+    representatives = []
     similarities = []
-    # one thread, so that the number of cores changes no result
-    with threadpool_limits(1), slice_bar("embedding", threshold, groups) as bar:
-        for rows in groups:
-            features = np.load(path, mmap_mode="r")[rows]
-            representative, similarity = reduction.select_embeddings(features, threshold)
-            found.append(representative)
+    with tqdm(desc=title, total=sum(map(len, groups)), unit="slice") as bar:
+        for rows, (representative, similarity) in zip(groups, found):
+            representatives.append(rows[representative])
             similarities.append(similarity)
             bar.update(len(rows))
-    return rows_of_store(groups, found), np.concatenate(similarities)
+    return np.concatenate(representatives), np.concatenate(similarities)
 
 
 def embed_slices(args, store):
@@ -303,18 +301,6 @@ def embed_slices(args, store):
     return embed(args.encoder, store.slices, args.out)
 
 
-def slice_bar(strategy, threshold, groups):
-    return tqdm(desc=f"{strategy} {threshold:g}", total=sum(map(len, groups)), unit="slice")
-
-
-def rows_of_store(groups, found):
-    """Representatives of each group, indices within it -> representative rows of the store, [N]."""
-    representative = np.empty(sum(map(len, groups)), int)
-    for rows, indices in zip(groups, found):
-        representative[rows] = rows[indices]
-    return representative
-
-
 # --- Budgets.
 
 
@@ -332,7 +318,7 @@ def check_budget(args, store, groups):
 
 
 def counts_to_keep(args, groups):
-    """How many slices each group keeps at --keep or --like, int [groups]; all of them without."""
+    """How many slices each group keeps: int [groups]; all of them without --keep or --like."""
     if args.like is not None:
         kept = read_selection(args.like).kept
         counts = np.array([np.isin(rows, kept).sum() for rows in groups])
@@ -340,7 +326,7 @@ def counts_to_keep(args, groups):
             fail(f"--like {args.like}: keeps no slice of {(counts == 0).sum()} volumes")
         return counts
     sizes = np.array([len(rows) for rows in groups])
-    share = 1 if args.keep is None else args.keep
+    share = args.keep or 1
     if isinstance(args.keep, int):
         share = args.keep / sizes.sum()
     return reduction.share_out(sizes, share)
@@ -358,8 +344,7 @@ def select_to_budget(args, store, groups, select_at):
         return int((representative == np.arange(total)).sum())
 
     if args.strategy == "hash":
-        every_threshold = {bits: count(bits) for bits in range(65)}
-        threshold = reduction.closest(every_threshold, target)
+        threshold = reduction.closest({bits: count(bits) for bits in range(65)}, target)
     else:
         guess = DEFAULT_THRESHOLDS.get(args.strategy, 0.5)
         threshold = reduction.search_threshold(count, len(groups), total, target, guess)
@@ -370,8 +355,7 @@ def select_to_budget(args, store, groups, select_at):
 
 
 def selection_name(args, threshold):
-    """hash-6, random-keep-0.1, random-like-hash-6, hash-6-dataset, ...: the settings that tell
-    selections of one store apart."""
+    """Such as hash-6, random-keep-0.1, random-like-hash-6, hash-6-dataset."""
     name = args.strategy
     if isinstance(args.keep, int):
         name += f"-keep-{args.keep}"
@@ -389,8 +373,7 @@ def selection_name(args, threshold):
 
 
 def write_selection(path, representative, similarity):
-    """NAME.csv: row,kept,representative,similarity; similarity to the representative (hash and
-    baselines: bits that differ)."""
+    """NAME.csv; similarity: to the representative (hash and baselines: bits that differ)."""
     if similarity.dtype.kind == "f":
         similarity = similarity.round(6)
     with atomic_write(path, text=True) as file:
@@ -400,18 +383,11 @@ def write_selection(path, representative, similarity):
             writer.writerow([row, int(row == stands_for_it), stands_for_it, alike])
 
 
-def write_picture(path, name, store, representative):
-    with atomic_write(path) as file:
-        contact_sheet(name, store, representative).save(file, "PNG", compress_level=1)
-
-
 def write_summary(args, name, threshold, store, kept, dose, seconds):
     """NAME.json: settings, counts, seconds by stage, and the code and versions that made it."""
-    settings = dict(vars(args))
+    settings = vars(args) | {"threshold": threshold, "like": args.like and args.like.stem}
     for key in ("data", "out", "workers"):
         del settings[key]
-    if args.like is not None:
-        settings["like"] = args.like.stem
     volumes = {
         volume: {"slices": len(rows), "kept": int(kept[rows].sum())}
         for volume, rows in zip(store.names, store.volumes)
@@ -419,7 +395,7 @@ def write_summary(args, name, threshold, store, kept, dose, seconds):
     code = CODE + EMBEDDING_CODE * (args.strategy == "embedding")
     summary = {
         "name": name,
-        "settings": settings | {"threshold": threshold},
+        "settings": settings,
         "slices": len(kept),
         "kept": int(kept.sum()),
         "dose": round(dose, 6),
@@ -437,27 +413,24 @@ def write_summary(args, name, threshold, store, kept, dose, seconds):
 # --- Comparison.
 
 
-def parse_compare():
+def compare(argv):
+    """How much selections of one store agree: what each keeps and its dose, and the Jaccard index
+    of the kept slices of every pair (1: the same slices, 0: none in common), as Markdown."""
     parser = argparse.ArgumentParser(prog="reduce.py compare", description=compare.__doc__)
     parser.add_argument(
         "selections", type=Path, nargs="+", metavar="SELECTION.csv", help="written by reduce.py"
     )
-    return parser.parse_args(sys.argv[2:])
-
-
-def compare(paths):
-    """How much selections of one store agree: what each keeps and its dose, and the Jaccard index
-    of the kept slices of every pair (1: the same slices, 0: none in common), as Markdown."""
-    selections = [read_selection(path) for path in paths]
+    paths = parser.parse_args(argv).selections
+    selections = {path: read_selection(path) for path in paths}
     for path in paths:
         if path.resolve().parent != paths[0].resolve().parent:
             fail(f"{path}: belongs to another store than {paths[0]}")
 
     print("| selection | slices | share | share of a volume, min to max | dose |")
     print("|---|---|---|---|---|")
-    for path, selection in zip(paths, selections):
-        store = selection.store
-        kept = selection.kept
+    for path in paths:
+        store = selections[path].store
+        kept = selections[path].kept
         shares = [np.isin(rows, kept).mean() for rows in store.volumes]
         dose = reduction.expected_dose(store.hashes[kept], store.volume_index[kept])
         print(
@@ -468,8 +441,9 @@ def compare(paths):
     print()
     print(f"| Jaccard | {' | '.join(path.stem for path in paths)} |")
     print("|---" * (len(paths) + 1) + "|")
-    for path, selection in zip(paths, selections):
-        row = [f"{jaccard(selection.kept, other.kept):.2f}" for other in selections]
+    for path in paths:
+        kept = selections[path].kept
+        row = [f"{jaccard(kept, selections[other].kept):.2f}" for other in paths]
         print(f"| {path.stem} | {' | '.join(row)} |")
 
 

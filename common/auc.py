@@ -1,7 +1,7 @@
 """AUC, its interval, and comparisons that cover test images and pre-training runs.
 
-Knows no files and no torch. The order: metrics of one run; bootstrap of its test images;
-image_covariance and variance_between_runs of a table's rows; estimate of a row or a difference.
+In the order of use: metrics of one run; bootstrap of its test images; image_covariance and
+variance_between_runs of a table's rows; estimate of a row or a difference.
 """
 
 import numpy as np
@@ -139,13 +139,11 @@ def estimate(rows, covariance, between_runs, groups):
     """A row's mean AUC, or its difference to another row, with all that can be said about it.
 
     rows: the AUCs of the runs, [runs], of one row or of two. covariance: image_covariance of these
-    rows. between_runs: variance_between_runs of their table and task. groups: independent groups of
-    test images.
+    rows. between_runs: variance_between_runs of the table. groups: independent groups of images.
 
     A t interval over runs with the images added: variance = s2 (1 / k0 + 1 / k1) + that of the
     images; degrees of freedom after Satterthwaite 1946, where the image part has groups - 1. With
     one run in either row nothing is known about the runs: the interval covers images only, no p.
-    The interval of an AUC ends at 0 and 1.
 
     {"value", "runs": the fewest of a row, "error": standard error, "freedom", "interval" (95 %),
     "interval_90" (for equivalence: two one-sided tests at 5 %), "p" or None,
@@ -163,15 +161,15 @@ def estimate(rows, covariance, between_runs, groups):
     freedom = max(groups - 1, 1)
     if run_part > 0:
         freedom = error**4 / (run_part**2 / run_freedom + image_part**2 / freedom)
-    lowest = 0 if len(rows) == 1 else -1
     half, half_90, power = error * stats.t.ppf([0.975, 0.95, 0.8], freedom)
+    lowest = 0 if len(rows) == 1 else -1  # possible values: an AUC from 0, a difference from -1
     found = {
         "value": value,
         "runs": runs,
         "error": error,
         "freedom": freedom,
-        "interval": interval(value, half, lowest),
-        "interval_90": interval(value, half_90, lowest),
+        "interval": (max(value - half, lowest), min(value + half, 1)),
+        "interval_90": (max(value - half_90, lowest), min(value + half_90, 1)),
         "p": None,
         "detectable": None,
     }
@@ -179,10 +177,6 @@ def estimate(rows, covariance, between_runs, groups):
         found["p"] = p_value(value, error, freedom)
         found["detectable"] = half + power
     return found
-
-
-def interval(value, half, lowest):
-    return max(value - half, lowest), min(value + half, 1)
 
 
 def p_value(difference, error, freedom):

@@ -6,7 +6,6 @@ from operator import itemgetter
 
 import numpy as np
 
-from common import auc
 from common.files import atomic_write, fail
 from common.results import read_results
 from common.tables import (
@@ -28,6 +27,7 @@ GAP = 16  # between panels
 STEPS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]  # between the numbers of an axis
 BLACK, GREY, PALE = "#222222", "#777777", "#e4e4e4"
 BLUE, ORANGE, GREEN = "#0062a3", "#c24a00", "#3a8a2e"
+CURVES = ["ALL", "Hash-6", "Random-matched"]  # rows of the study that have other lengths
 
 
 def figure(results, path, baseline="ALL"):
@@ -42,12 +42,13 @@ def figure(results, path, baseline="ALL"):
     drawing, top = [], 0
     for variant, lines in variants(rows).items():
         top = draw_variant(drawing, top, results, variant, lines, baseline)
-    legend = [
+    sentences = [
         "Dot: mean AUC over runs; bar: 95 % interval. Hollow: one run, bar covers images only.",
         f"Lines: {baseline}; scratch dashed. In brackets: slices kept, as a share of {baseline}'s.",
     ]
-    legend += [f"{task}: {DEPENDENT[task]}." for task in unique(rows, "task") if task in DEPENDENT]
-    for sentence in legend:
+    tasks = unique(rows, "task")
+    sentences += [f"{task}: {DEPENDENT[task]}." for task in tasks if task in DEPENDENT]
+    for sentence in sentences:
         drawing.append(text(12, top, sentence, colour=GREY))
         top += 17
     write_svg(path, drawing, top)
@@ -66,15 +67,18 @@ def draw_variant(drawing, top, results, variant, rows, baseline):
         drawing.append(text(left - 12, heights[name] + 4, labels[name], anchor="end"))
     width = (WIDTH - left) / len(tasks)
     for i, task in enumerate(tasks):
-        found = task_statistics(results, variant, rows, task)
+        found = task_statistics(results, rows, task)
         estimates = {name: estimate(found, name) for name in found["aucs"]}
         sides = left + i * width, left + (i + 1) * width - GAP
         heading = f"{task} (n={found['images']})"
         drawing.append(text(np.mean(sides), top + 46, heading, anchor="middle"))
         x_axis = axis_of([one["interval"] for one in estimates.values()], *sides)
         draw_grid(drawing, x_axis, *box)
-        draw_reference(drawing, x_axis, box, estimates.get(scratch), GREY, dashed=True)
-        draw_reference(drawing, x_axis, box, estimates.get(base), BLUE)
+        for reference, colour in ((scratch, GREY), (base, BLUE)):
+            if reference in estimates:
+                x = pixel(x_axis, estimates[reference]["value"])
+                dashed = reference == scratch
+                drawing.append(line(x, box[0], x, box[1], colour, width=1.5, dashed=dashed))
         for name in estimates:
             draw_row(drawing, x_axis, heights[name], estimates[name])
     return box[1] + 44
@@ -88,78 +92,64 @@ def kept_share(rows, name, base):
     return f" ({100 * kept['slices'] / everything['slices']:.0f} %)"
 
 
-def draw_reference(drawing, x_axis, box, estimated, colour, dashed=False):
-    if estimated:
-        x = pixel(x_axis, estimated["value"])
-        drawing.append(line(x, box[0], x, box[1], colour, width=1.5, dashed=dashed))
-
-
 def draw_row(drawing, x_axis, y, estimated):
     """A row's AUC as a dot and its interval as a bar; hollow where only one run is behind it."""
     low, high = (pixel(x_axis, end) for end in estimated["interval"])
     drawing.append(line(low, y, high, y, BLACK, width=2))
-    fill = BLACK if estimated["runs"] > 1 else "white"
-    drawing.append(dot(pixel(x_axis, estimated["value"]), y, BLACK, fill))
+    drawing.append(dot(pixel(x_axis, estimated["value"]), y, BLACK, hollow=estimated["runs"] == 1))
 
 
-def study_figure(results, path, task, key, prefixes=("ALL", "Hash-6", "Random-matched")):
+def study_figure(results, path, task, variant):
     """AUC against optimiser steps (left) and against the dose of near-duplicate negatives (right).
 
-    key: (protocol, label_share, folds). Left: a curve for each prefix, through the row of that name
-    and its other lengths (Hash-6-steps-x0.5, ALL-steps-x3). Right: the first prefix, alone and with
-    runs of neighbours (ALL, ALL-c8), plain and with masked negatives (ALL-masked, ALL-c8-masked); a
-    masked row stands at the dose that its plain one met. Bands: 95 % t interval over runs, without
-    the images, which are the same for all; a hollow dot has one run and so no band.
+    Left: a curve for each row of CURVES and its other lengths (ALL, ALL-steps-x3). Right: ALL and
+    its runs of neighbours (ALL-c8), plain and with masked negatives (ALL-c8-masked); a masked row
+    stands at the dose that its plain one met. Bands: 95 % t interval over runs, without the images,
+    which are the same for all; a hollow dot has one run and so no band.
     """
-    rows = variants(read_results(results)).get(key, [])
+    rows = variants(read_results(results)).get(variant, [])
     if task not in unique(rows, "task"):
-        fail(f"{results}: holds no results of {task}, {title(key)}")
-    found = task_statistics(results, key, rows, task)
-    estimates = {name: over_runs(found, name) for name in found["aucs"]}
+        fail(f"{results}: holds no results of {task}, {title(variant)}")
+    found = task_statistics(results, rows, task)
+    found["covariance"] = np.zeros_like(found["covariance"])  # runs only
+    estimates = {name: estimate(found, name) for name in found["aucs"]}
     costs = {name: cost(rows, name) for name in estimates}
-    by_steps = {prefix: steps_curve(prefix, estimates, costs) for prefix in prefixes}
+    by_steps = {row: steps_curve(row, estimates, costs) for row in CURVES}
     by_dose = {
-        "negatives as they are": dose_curve(prefixes[0], "", estimates, costs),
-        "near-duplicates masked": dose_curve(prefixes[0], "-masked", estimates, costs),
+        "negatives as they are": dose_curve("", estimates, costs),
+        "near-duplicates masked": dose_curve("-masked", estimates, costs),
     }
-    scratch = estimates.get(find_name(list(estimates), "scratch"))
+    scratch = estimates.get(find_name(estimates, "scratch"))
     shown = [one for curve in [*by_steps.values(), *by_dose.values()] for _, one in curve]
-    intervals = [one["interval"] for one in shown + [scratch] if one]
     if not shown:
-        fail(f"{results}: holds no rows of {', '.join(prefixes)} to draw")
-    drawing = [text(12, 24, f"{task}, {title(key)}: AUC", size=15, weight="bold")]
-    y_axis = axis_of(intervals, 330, 44)
+        fail(f"{results}: holds no rows of {', '.join(CURVES)} to draw")
+    y_axis = axis_of([one["interval"] for one in shown + [scratch] if one], 330, 44)
     doses = "near-duplicate negatives a slice meets"
-    draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)
-    draw_curves(drawing, by_dose, y_axis, (446, 790), doses, scratch)
     caption = (
         "Bands: 95 % interval over pre-training runs (hollow: one run). "
         "Dashed: untrained weights (scratch)."
     )
+    drawing = [text(12, 24, f"{task}, {title(variant)}: AUC", size=15, weight="bold")]
+    draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)
+    draw_curves(drawing, by_dose, y_axis, (446, 790), doses, scratch)
     drawing.append(text(12, 420, caption, colour=GREY))
     write_svg(path, drawing, 434)
 
 
-def over_runs(found, name):
-    """auc.estimate of a row without the part of the images."""
-    rows = [found["aucs"][name]]
-    return auc.estimate(rows, np.zeros((1, 1)), found["between_runs"], found["groups"])
-
-
-def steps_curve(prefix, estimates, costs):
+def steps_curve(row, estimates, costs):
     """[(steps, estimate), ...] of a row and of its other lengths."""
-    names = [name for name in estimates if row_of(name) == prefix and "steps" in costs[name]]
-    return sorted([(costs[name]["steps"], estimates[name]) for name in names], key=itemgetter(0))
+    names = [name for name in estimates if row_of(name) == row and costs[name]]
+    return [(costs[name]["steps"], estimates[name]) for name in names]
 
 
-def dose_curve(prefix, ending, estimates, costs):
-    """[(dose of the plain row, estimate of the row with this ending), ...]."""
-    neighbours = re.compile(rf"{re.escape(prefix)}(-c\d+)?")
-    names = [name for name in estimates if neighbours.fullmatch(name) and "dose" in costs[name]]
-    doses = [(costs[name]["dose"], name + ending) for name in names]
-    return sorted(
-        [(dose, estimates[name]) for dose, name in doses if name in estimates], key=itemgetter(0)
-    )
+def dose_curve(ending, estimates, costs):
+    """[(dose of ALL or ALL-c8, estimate of the row of that name with this ending), ...]."""
+    names = [name for name in estimates if re.fullmatch(r"ALL(-c\d+)?", name) and costs[name]]
+    return [
+        (costs[name]["dose"], estimates[name + ending])
+        for name in names
+        if name + ending in estimates
+    ]
 
 
 def draw_curves(drawing, curves, y_axis, sides, label, scratch):
@@ -180,6 +170,7 @@ def draw_curves(drawing, curves, y_axis, sides, label, scratch):
             drawing.append(text(labelled, 350, number, anchor="middle", colour=GREY))
     legend = left
     for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, GREEN)):
+        curve = sorted(curve, key=itemgetter(0))
         points = [(x_of[x], pixel(y_axis, one["value"])) for x, one in curve]
         lower = [(x_of[x], pixel(y_axis, one["interval"][0])) for x, one in curve]
         upper = [(x_of[x], pixel(y_axis, one["interval"][1])) for x, one in curve]
@@ -188,8 +179,8 @@ def draw_curves(drawing, curves, y_axis, sides, label, scratch):
             drawing.append(line(*before, *after, colour, width=2))
         for (x, y), low, high, (_, one) in zip(points, lower, upper, curve):
             drawing.append(line(*low, *high, colour, width=1.5))
-            drawing.append(dot(x, y, colour, colour if one["runs"] > 1 else "white"))
-        drawing.append(dot(legend + 5, 390, colour, colour))
+            drawing.append(dot(x, y, colour, hollow=one["runs"] == 1))
+        drawing.append(dot(legend + 5, 390, colour))
         drawing.append(text(legend + 14, 394, name))
         legend += 26 + LETTER * len(name)
 
@@ -247,7 +238,8 @@ def line(x1, y1, x2, y2, colour, width=1, dashed=False):
     )
 
 
-def dot(x, y, colour, fill):
+def dot(x, y, colour, hollow=False):
+    fill = "white" if hollow else colour
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" '
         f'stroke="{colour}" stroke-width="1.5" fill="{fill}"/>'

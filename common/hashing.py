@@ -47,18 +47,18 @@ def dhash(slice8):
     """plain_dhash, bit for bit: uint8 [height, width] -> 16 hex digits."""
     if min(slice8.shape) < 16:  # Pillow may shrink the height first there
         return plain_dhash(slice8)
-    narrow = lanczos(slice8.T, 9).T
-    small = lanczos(narrow, 8)
+    narrow = lanczos(slice8, 9)
+    small = lanczos(narrow.T, 8).T
     brighter_to_the_right = small[:, 1:] > small[:, :-1]
     return np.packbits(brighter_to_the_right).tobytes().hex()
 
 
-def lanczos(image, rows):
-    """Shrink to `rows` rows by Pillow's Lanczos filter, rounded and clipped to 0..255.
+def lanczos(image, columns):
+    """Shrink to `columns` columns by Pillow's Lanczos filter, rounded and clipped to 0..255.
 
-    image: values of 8 bits, of any number type, [n, width] -> float64 [rows, width].
+    image: values of 8 bits, of any number type, [n, width] -> float64 [n, columns].
     """
-    sums = weighted_sums(image.T, len(image), rows).T
+    sums = weighted_sums(image, image.shape[1], columns)
     return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
 
 
@@ -77,7 +77,7 @@ def weighted_sums(image, source, target):
 
 @lru_cache
 def weights_in_pieces(source, target):
-    """How often 256 is in each weight, and the rest: float32 [source, 2 * target]; whether exact."""
+    """How often 256 is in each weight, and the rest, float32 [source, 2 * target]; if exact."""
     weights = lanczos_weights(source, target).T
     coarse = np.rint(weights / 256)
     pieces = np.concatenate([coarse, weights - 256 * coarse], axis=1)
@@ -87,9 +87,9 @@ def weights_in_pieces(source, target):
 
 @lru_cache
 def lanczos_weights(source, target):
-    """Pillow's weights in its unit of 2**-22 (precompute_coeffs in its Resample.c).
+    """Pillow's weights in its unit of 2**-22: whole numbers, float64 [target, source].
 
-    Returns float64 whole numbers, [target, source].
+    After precompute_coeffs in its Resample.c.
     """
     scale = source / target
     stretch = max(scale, 1.0)
@@ -114,7 +114,7 @@ def hash_index(hashes, bits):
 
     Some rows that it gives differ in more bits, and a row may come twice: compare them by hamming.
     """
-    pieces = [piece_index(hashes, range(start, 64, bits + 1)) for start in range(bits + 1)]
+    pieces = [equal_rows(hashes, range(start, 64, bits + 1)) for start in range(bits + 1)]
 
     def candidates(i):
         return np.concatenate([rows[start[i] : end[i]] for rows, start, end in pieces])
@@ -122,10 +122,9 @@ def hash_index(hashes, bits):
     return candidates
 
 
-def piece_index(hashes, bits):
+def equal_rows(hashes, bits):
     """(rows, start, end), each int32 [n]: rows[start[i] : end[i]] equal row i in these bits."""
-    mask = np.uint64(sum(1 << bit for bit in bits))
-    piece = hashes & mask
+    piece = hashes & np.uint64(sum(1 << bit for bit in bits))
     rows = np.argsort(piece, kind="stable")
     ascending = piece[rows]
     start = np.searchsorted(ascending, piece, "left")

@@ -51,26 +51,19 @@ def select_hash(hashes, threshold):
     def compare(first, others):
         return hamming(hashes[first], hashes[others])
 
-    def similar(bits):
-        return bits <= threshold
-
-    return greedy(len(hashes), compare, similar)[0]
+    return greedy(len(hashes), compare, lambda bits: bits <= threshold)[0]
 
 
 def select_similar(n, compare, threshold):
     """Greedy on a similarity: similar at `threshold` or more (our choice). As greedy otherwise."""
-
-    def similar(similarities):
-        return similarities >= threshold
-
-    return greedy(n, compare, similar)
+    return greedy(n, compare, lambda similarities: similarities >= threshold)
 
 
 # --- Greedy, fast: the same selections where comparing each kept slice with all would take hours.
 
 
 def greedy_indexed(hashes, threshold):
-    """Greedy on dHash for a whole data set: only slices that the hash index names are compared."""
+    """select_hash for a whole data set: only slices that the hash index names are compared."""
     candidates = hash_index(hashes, threshold)
     representative = np.arange(len(hashes))
     remaining = np.ones(len(hashes), bool)
@@ -88,10 +81,9 @@ def greedy_indexed(hashes, threshold):
 def select_embeddings(features, threshold):
     """Greedy on the cosine of embeddings, float32 [n, d], block after block.
 
-    The kept slices of a block are found by select_similar, and compared with everything after the
-    block by matrix products, which read the embeddings once a block, not once a kept slice. The
-    same as select_similar on all of them, but for a cosine within rounding (1e-6) of the threshold.
-    Holds the embeddings in memory twice.
+    A block's kept slices are compared with everything after it by matrix products, which read the
+    embeddings once a block, not once a kept slice. The same as select_similar on all of them, but
+    for a cosine within rounding (1e-6) of the threshold.
     """
     unit = unit_length(features)
     representative = np.arange(len(unit))
@@ -122,8 +114,7 @@ def select_embeddings(features, threshold):
 
 
 def select_every(n, step):
-    """Keep every step-th of n slices, from the first on; one that goes stands with the kept one
-    before it."""
+    """Keep every step-th of n slices; the others are represented by the kept one before them."""
     index = np.arange(n)
     return index - index % step
 
@@ -153,14 +144,9 @@ def select_redundant(hashes, count):
 
 
 def nearest_kept(n, kept):
-    """Representatives of n slices when the sorted indices `kept` stay: the nearest along z, the
-    lower one on a tie."""
-    index = np.arange(n)
-    after = np.searchsorted(kept, index).clip(0, len(kept) - 1)
-    before = (after - 1).clip(0)
-    below = kept[before]
-    above = kept[after]
-    return np.where(np.abs(index - below) <= np.abs(above - index), below, above)
+    """The nearest of the sorted indices `kept` to each of n slices; the lower one on a tie."""
+    middles = (kept[:-1] + kept[1:]) / 2
+    return kept[np.searchsorted(middles, np.arange(n))]
 
 
 # --- Budgets.
@@ -181,8 +167,7 @@ def share_out(sizes, share):
 
 
 def closest(kept, target):
-    """The threshold, of a dict threshold -> slices kept, that comes closest to `target` slices; the
-    lower one on a tie."""
+    """Of {threshold: slices kept} the threshold closest to `target` slices; on a tie the lower."""
     return min(kept, key=lambda threshold: (abs(kept[threshold] - target), threshold))
 
 
@@ -194,11 +179,10 @@ def search_threshold(count, groups, total, target, guess):
     keep. guess: where to start. Bisection and interpolation take turns: the logarithm of the count
     is nearly straight, but where it is not, interpolation alone would crawl.
     """
-    kept = {-1.0: groups}
     if target <= groups:
         return -1.0
-    low = -1.0
-    high = 1.0
+    low, high = -1.0, 1.0
+    kept = {low: groups}
     for interpolate in cycle([False, True]):
         kept[guess] = count(guess)
         if kept[guess] < target:
@@ -224,15 +208,14 @@ def count_near_duplicates(hashes):
     hashes: uint64 [n] -> int [n].
     """
     within = [np.count_nonzero(hamming(one, hashes) <= NEAR_DUPLICATE) for one in hashes]
-    return np.array(within) - 1  # itself
+    return np.array(within) - 1  # without itself
 
 
 def expected_dose(hashes, volumes):
     """Near-duplicates that a kept slice meets among the others of its batch, on average.
 
-    hashes, volumes: dHash and number of the volume of the kept slices, [n]. Only slices of the same
-    volume count. Batches as pretrain.py makes them: a uniformly shuffled order of the kept slices,
-    cut into as many near-equal batches of up to 128 as it takes. Our measure.
+    hashes, volumes: dHash and number of the volume of the kept slices, [n]; only slices of the same
+    volume count. Batches as in pretrain.py: shuffled, near-equal, of up to 128. Our measure.
     """
     n = len(hashes)
     if n < 2:

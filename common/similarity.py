@@ -43,9 +43,9 @@ def plain_ssim(x, y):
 def mutual_information(slices):
     """Normalised mutual information, 2 I(x, y) / (H(x) + H(y)), of binned grey values.
 
-    slices: uint8 [n, size, size]. As scikit-learn's normalized_mutual_info_score of the pixels in
-    32 bins gives it: two constant slices count as equal (1), a constant and another as unrelated
-    (0). Our choice, as are the bins: the paper's are not published.
+    slices: uint8 [n, size, size]. As scikit-learn's normalized_mutual_info_score: two constant
+    slices count as equal (1), a constant and another as unrelated (0). Our choice, as are the 32
+    bins: the paper's are not published.
     """
     binned = (slices // (256 // BINS)).reshape(len(slices), -1)
     pixels = binned.shape[1]
@@ -69,7 +69,7 @@ def mutual_information(slices):
 
 
 def cosine(features):
-    """Cosine of the angle between embeddings: float32 [n, d], of any length but 0."""
+    """Cosine of embeddings: float32 [n, d], of any length but 0."""
     unit = unit_length(features)
 
     def compare(first, others):
@@ -86,7 +86,10 @@ def unit_length(features):
 # --- separable, so it is a product with a band matrix on each axis; what concerns one slice alone
 # --- (means, variances) is worked out once a volume.
 
-ROWS = 24  # of a band matrix: mostly zeros, so small pieces waste less
+ROWS = 24  # worked out by one product: the band is mostly zeros, so small pieces waste less
+# [ROWS, ROWS + 10]: each row holds the 1-D window, one place further than the row before
+BAND = np.stack([np.roll(np.pad(GAUSSIAN, (0, ROWS - 1)), row) for row in range(ROWS)])
+BAND = BAND.astype(np.float32)
 
 
 def ssim(slices):
@@ -98,7 +101,7 @@ def ssim(slices):
     shifts = (32 * np.rint(slices.mean((1, 2)) / 32)).astype(np.int16)
     centered = slices - shifts[:, None, None]
     means = np.empty((n, inside, inside), np.float32)  # of the centered slices
-    variances = np.empty((n, inside, inside), np.float32)
+    variances = np.empty_like(means)
     for i in range(n):
         x = centered[i].astype(np.float32)
         means[i] = window_means(x)
@@ -140,15 +143,5 @@ def row_means(image):
         np.matmul(BAND[: len(piece), :reach], image[top : top + reach], out=piece)
     return means
 
-
-def band_matrix():
-    """[ROWS, ROWS + 10]: each row holds the 1-D window, one place further than the row before."""
-    matrix = np.zeros((ROWS, ROWS + 2 * RADIUS), np.float32)
-    for row in range(ROWS):
-        matrix[row, row : row + len(GAUSSIAN)] = GAUSSIAN
-    return matrix
-
-
-BAND = band_matrix()
 
 MEASURES = {"ssim": ssim, "mi": mutual_information}  # of pixels, by the name of the strategy

@@ -107,9 +107,7 @@ def study(results):
 def statistics(results, rows, task, variant):
     """tables.task_statistics, or None where there are no results yet."""
     lines = variants(rows).get(variant, [])
-    if task not in unique(lines, "task"):
-        return None
-    return task_statistics(results, variant, lines, task)
+    return task_statistics(results, lines, task) if task in unique(lines, "task") else None
 
 
 def how_many_runs(primary):
@@ -138,26 +136,23 @@ def difference_text(found, name, other):
     return f"{estimated['value']:+.4f}{interval_text(estimated, '+.4f', found['groups'])}"
 
 
-def both_runs(found, name, other):
-    return f"{runs(found, name)}, {runs(found, other)}"
+def pair_cells(found, name, other):
+    """Rows, runs and difference, as text."""
+    both_runs = f"{runs(found, name)}, {runs(found, other)}"
+    return [f"{name} - {other}", both_runs, difference_text(found, name, other)]
 
 
 def hypotheses_table(found):
     """Lines of the primary table, its head first; below H3 what the paper predicts for it."""
-    estimates = {key: difference(found, *HYPOTHESES[key]) for key in HYPOTHESES}
+    estimates = [difference(found, *pair) for pair in HYPOTHESES.values()]
     # a hypothesis that cannot be tested yet counts with p = 1, which makes Holm strictest
-    p_values = [estimated["p"] if estimated else 1 for estimated in estimates.values()]
+    p_values = [one["p"] if one else 1 for one in estimates]
     lines = [["", "rows", "runs", "difference", "p", "Holm"]]
-    for key, corrected in zip(HYPOTHESES, auc.holm(p_values)):
-        pair = HYPOTHESES[key]
-        tests = ["-", "-"]
-        if estimates[key]:
-            tests = [p_text(estimates[key]["p"]), p_text(corrected)]
-        lines.append([key, " - ".join(pair), both_runs(found, *pair)])
-        lines[-1] += [difference_text(found, *pair), *tests]
-    predicted = [" - ".join(PREDICTED), both_runs(found, *PREDICTED)]
-    predicted += [difference_text(found, *PREDICTED), "-", "-"]
-    return [*lines, ["H3's gain, as the paper explains it", *predicted]]
+    for key, p, corrected, one in zip(HYPOTHESES, p_values, auc.holm(p_values), estimates):
+        tests = [p_text(p), p_text(corrected)] if one else ["-", "-"]
+        lines.append([key, *pair_cells(found, *HYPOTHESES[key]), *tests])
+    predicted = pair_cells(found, *PREDICTED)
+    return [*lines, ["H3's gain, as the paper explains it", *predicted, "-", "-"]]
 
 
 def equivalence(found):
@@ -177,11 +172,8 @@ def equivalence(found):
 
 
 def split_table(found):
-    lines = [["part", "rows", "runs", "difference"]]
-    for part, pair in SPLIT.items():
-        cells = [" - ".join(pair), both_runs(found, *pair), difference_text(found, *pair)]
-        lines.append([part, *cells])
-    return lines
+    head = ["part", "rows", "runs", "difference"]
+    return [head, *([part, *pair_cells(found, *SPLIT[part])] for part in SPLIT)]
 
 
 def rows_table(rows, found):
@@ -190,13 +182,11 @@ def rows_table(rows, found):
     lines = [["row", "slices", "dose", "runs", *found, "difference to ALL"]]
     for name in dict.fromkeys([*PLANNED, *unique(rows, "name")]):
         known = cost(rows, name)
-        slices = f"{known['slices']:.0f}" if known else "-"
-        dose = f"{known['dose']:.2f}" if "dose" in known else "-"
+        costs = [f"{known['slices']:.0f}", f"{known['dose']:.2f}"] if known else ["-", "-"]
+        planned = f" of {PLANNED[name]}" if name in PLANNED else ", not planned"
         aucs = [auc_cell(found[column], name) if found[column] else "-" for column in found]
         to_all = "-" if name == "ALL" else difference_text(primary, name, "ALL")
-        planned = f" of {PLANNED[name]}" if name in PLANNED else ", not planned"
-        number = f"{runs(primary, name)}{planned}"
-        lines.append([name, slices, dose, number, *aucs, to_all])
+        lines.append([name, *costs, f"{runs(primary, name)}{planned}", *aucs, to_all])
     return lines
 
 
@@ -205,7 +195,7 @@ def length_table(rows, found):
     costs = {name: cost(rows, name) for name in found["aucs"]}
     lengths = {}
     for name in costs:
-        if "steps" in costs[name]:
+        if costs[name]:
             lengths.setdefault(row_of(name), []).append(name)
     lines = [["row", "steps", "C", "minutes", "runs", PRIMARY]]
     for row in lengths:
@@ -218,11 +208,8 @@ def length_table(rows, found):
 
 def length_cells(row, known):
     """Steps, C in thousands and minutes, as text."""
-    minutes = f"{known['pretrain_seconds'] / 60:.1f}" if "pretrain_seconds" in known else "-"
-    return f"{known['steps']:.0f}", f"{slices_seen(row, known) / 1000:.1f}", minutes
-
-
-def slices_seen(row, known):
-    """Steps x slices a step: an epoch is cut into near-equal batches of at most the batch size."""
-    batch_size = 256 if row.endswith("double") else 128
-    return known["steps"] * known["slices"] / math.ceil(known["slices"] / batch_size)
+    # an epoch is cut into near-equal batches of at most the batch size
+    batches = math.ceil(known["slices"] / (256 if row.endswith("double") else 128))
+    seen = known["steps"] * known["slices"] / batches
+    minutes = known["pretrain_seconds"] / 60
+    return f"{known['steps']:.0f}", f"{seen / 1000:.1f}", f"{minutes:.1f}"

@@ -57,7 +57,7 @@ def test_figure_shows_auc_and_interval_of_every_row(made, tmp_path):
     assert any("too narrow" in text for text in texts)
     assert "Hash-6 (20 %)" in texts and "scratch" in texts
     assert len(dots) == 7 + 2 + 2
-    found = task_statistics(made, LINEAR, variants(read_results(made))[LINEAR], "covid-ct")
+    found = task_statistics(made, variants(read_results(made))[LINEAR], "covid-ct")
     organ_starts = texts["organ (n=80)"][0][0] - 150  # x of the second panel's middle
     axis = [
         (n, x)
@@ -138,7 +138,7 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
     assert sorted(round(x) for x, _, _ in points if x > 420) == [466, 466, 770, 770]
     heights = np.array([(y, n) for n, x, y in numbers(texts) if x < 56 and y < 345])
     slope, offset = np.polyfit(heights[:, 0] - 4, heights[:, 1], 1)
-    found = task_statistics(results, LINEAR, read_results(results), "organ")
+    found = task_statistics(results, read_results(results), "organ")
     x = texts["106"][0][0]
     y = next(dot[1] for dot in points if dot[0] == x)
     assert slope * y + offset == pytest.approx(

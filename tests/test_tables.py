@@ -5,9 +5,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from common.auc import sample_weights
+from common.auc import bootstrap, sample_weights
 from common.results import COLUMNS, read_results, scores_folder, write_line
-from common.tables import tables
+from common.tables import tables, task_statistics
 
 ROWS = {  # name: slices, steps, dose, how well its scores tell the classes
     "scratch": ("", "", "", 0.3),
@@ -207,6 +207,21 @@ def test_tables_without_the_scores(tmp_path):
     results.with_name("results-draws.jsonl").write_text("{")
     with pytest.raises(SystemExit, match="results-draws.jsonl: damaged"):
         tables(results)
+
+
+def test_samples_that_miss_a_class_do_not_count(tmp_path):
+    """Both positives lie in groups of negatives, so that a sample may hold none."""
+    results = tmp_path / "results.csv"
+    labels = np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0])
+    groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
+    p = np.random.default_rng(0).random((10, 2)).astype(np.float32)
+    line = dict.fromkeys(COLUMNS, "1") | {"task": "covid-ct", "name": "ALL"}
+    write_line(results, line, np.arange(10), labels, groups, p)
+    draws = bootstrap(labels, p, sample_weights(labels, groups))
+    assert np.isnan(draws).any()
+    for _ in ("from the scores", "from results-draws.jsonl"):
+        found = task_statistics(results, read_results(results), "covid-ct")
+        assert found["covariance"][0, 0] == pytest.approx(np.nanvar(draws, ddof=1), rel=1e-3)
 
 
 def test_rows_of_other_settings_are_not_compared(tmp_path):
