@@ -314,8 +314,10 @@ def train_epoch(model, optimizer, task, rows, generator, args, device):
 def predict(model, task, rows, args, device):
     """Probabilities of the rows, float32 [n, classes]."""
     model.eval()
-    batches = torch.from_numpy(task.images[rows]).split(256)
-    found = [forward(model, images, task, args, device).softmax(1).cpu() for images in batches]
+    found = []
+    for batch in torch.from_numpy(rows).split(256):
+        images = torch.from_numpy(task.images)[batch]
+        found.append(forward(model, images, task, args, device).softmax(1).cpu())
     return torch.cat(found).numpy()
 
 
@@ -327,15 +329,12 @@ def forward(model, images, task, args, device):
 
 
 def pretraining(source):
-    """Of the run that made the encoder: columns of results.csv.
-
-    Slices kept, optimiser steps, dose (mean over steps) and seconds; empty without a log.
-    """
+    """Columns of results.csv on the run that made the encoder; empty without a log."""
     settings, epochs = read_log(source)
     if not epochs:
         return {"slices": "", "steps": "", "dose": "", "pretrain_seconds": ""}
     steps = np.diff([0, *(line["step"] for line in epochs)])
-    dose = np.average([line["dose"] for line in epochs], weights=steps)
+    dose = np.average([line["dose"] for line in epochs], weights=steps)  # mean over steps
     return {
         "slices": settings["slices"],
         "steps": settings["steps"],
@@ -404,8 +403,8 @@ def report_task(args, task):
         others = task.groups[np.concatenate([split["train"], split["val"]])]
         shared = np.isin(task.groups[split["test"]], others).sum()
         say(
-            f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the training "
-            f"images, {shared} are of a group of the training or validation images"
+            f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the "
+            f"training images, {shared} are of a group of the training or validation images"
         )
     path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
     with locked(args.results), atomic_write(path, text=True) as file:
@@ -441,16 +440,23 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    tasks = ", ".join(TASKS)
-    add("task", choices=TASKS, metavar="TASK", help=f"{tasks}; or: tables, figure, study")
+    names = ", ".join(TASKS)
+    add("task", choices=TASKS, metavar="TASK", help=f"{names}; or: tables, figure, study")
     add("data", type=Path, metavar="DATA", help="the task's folder (npz tasks: or its file)")
-    several = "encoder.pt, scratch or imagenet; several are the seeds of pre-training of one row"
-    add("--encoder", required=True, nargs="+", help=several)
+    add(
+        "--encoder",
+        required=True,
+        nargs="+",
+        help="encoder.pt, scratch or imagenet; several are the seeds of pre-training of one row",
+    )
     add("--results", type=Path, required=True, help="CSV to add lines to")
-    row = "row of the tables (default: the encoder's folder); ALL is the one compared to"
-    add("--name", help=row)
-    protocols = "finetune: the paper's; linear: logistic regression on frozen features"
-    add("--protocol", choices=["finetune", "linear"], default="finetune", help=protocols)
+    add("--name", help="row of the tables (default: the encoder's folder); others compare to ALL")
+    add(
+        "--protocol",
+        choices=["finetune", "linear"],
+        default="finetune",
+        help="finetune: the paper's; linear: logistic regression on frozen features",
+    )
     add(
         "--seeds",
         type=int,
@@ -462,24 +468,31 @@ def parse_args():
     add("--size", type=int, default=224, help="side of an image in pixels (default: the paper's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
-    add = parser.add_argument_group("linear probe").add_argument
-    share = "train on this share of the training labels; several: a line each"
-    add("--label-share", type=float, nargs="+", default=[1.0], metavar="F", help=share)
+    add = parser.add_argument_group("linear").add_argument
+    add(
+        "--label-share",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="F",
+        help="train on this share of the training labels; several: a line each",
+    )
     add("--draws", type=int, default=10, help="draws of a label share below 1")
-    folds = "cross-validation over all images instead of the task's split"
-    add("--folds", type=int, help=folds)
+    add("--folds", type=int, help="cross-validation over all images instead of the task's split")
     add("--repeats", type=int, default=10, help="of the cross-validation")
 
-    add = parser.add_argument_group("fine-tuning").add_argument
-    add("--epochs", type=int, default=70, help="default: the paper's 70")
-    frozen = "encoder frozen, but for batch norm; default: the paper's 10"
-    add("--freeze-epochs", type=int, default=10, help=frozen)
-    add("--lr", type=float, default=1e-4, help="Adam; default: the paper's 1e-4")
-    add("--weight-decay", type=float, default=5e-4, help="default: the paper's 5e-4")
-    add("--batch-size", type=int, default=64, help="default: the paper's 64")
-    precisions = "auto is bfloat16 where the hardware multiplies it natively"
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=precisions)
-
+    add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
+    add("--epochs", type=int, default=70, help="default: 70")
+    add("--freeze-epochs", type=int, default=10, help="encoder frozen but batch norm; default: 10")
+    add("--lr", type=float, default=1e-4, help="Adam; default: 1e-4")
+    add("--weight-decay", type=float, default=5e-4, help="default: 5e-4")
+    add("--batch-size", type=int, default=64, help="default: 64")
+    add(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto is bfloat16 where the hardware multiplies it natively",
+    )
     args = parser.parse_args()
     if args.name is None:
         first = args.encoder[0]
@@ -500,26 +513,26 @@ def parse_args():
 def check_args(args):
     if not re.fullmatch(r"[\w.+-]+", args.name):
         fail(f"--name {args.name}: use letters, digits and . + - _ only: it names files")
-    for name in ("seeds", "size", "draws", "repeats", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("seeds", "size", "draws", "folds", "repeats", "epochs", "batch_size"):
+        least = 2 if name == "folds" else 1
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}")
     for share in args.label_share:
         if not 0 < share <= 1:
             fail(f"--label-share {share}: not a share: give numbers above 0, at most 1")
-    if args.folds is not None and args.folds < 2:
-        fail(f"--folds {args.folds}: at least 2 are needed")
-    if args.folds and args.label_share != [1.0]:
+    few_labels = args.label_share != [1.0]
+    if args.folds and few_labels:
         fail("--folds and --label-share exclude each other: give them in two calls")
-    if args.protocol == "finetune":
-        if args.folds or args.label_share != [1.0]:
-            fail("--folds and --label-share are for --protocol linear")
-        if args.seeds < len(args.encoder):
-            fail(
-                f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: "
-                "give at least as many seeds"
-            )
-    elif args.precision != "auto":
+    if args.protocol == "linear" and args.precision != "auto":
         fail("--precision is for --protocol finetune: features are always in float32")
+    if args.protocol == "finetune" and (args.folds or few_labels):
+        fail("--folds and --label-share are for --protocol linear")
+    if args.protocol == "finetune" and args.seeds < len(args.encoder):
+        fail(
+            f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: give "
+            "at least as many seeds"
+        )
 
 
 def print_results(command, arguments):
@@ -534,9 +547,7 @@ def print_results(command, arguments):
         parser.add_argument("--baseline", default="ALL", help="row compared to (default: ALL)")
     args = parser.parse_args(arguments)
     if not args.results.is_file():
-        fail(
-            f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it"
-        )
+        fail(f"{args.results}: no such file: evaluate.py TASK ... --results CSV makes it")
     if command == "tables":
         print(tables(args.results, args.baseline))
     elif command == "study":

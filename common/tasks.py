@@ -120,11 +120,10 @@ def covid_ct_source(name):
     2020.03.01.20029769-p21-73_1%0.png; the Lancet's are PIIS0140673620301549_0%0.png, without a
     page. NonCOVID's .jpg are FIGURE%PART.jpg, such as 39%8.jpg; its .png are numbers alone.
     """
-    stem = name.rsplit(".", 1)[0]
+    stem, dot, suffix = name.rpartition(".")
     if match := re.match(r"(.+)-p\d+-", stem):
         return match[1]
-    suffix = name[len(stem) :]
-    return re.split("[_%]", stem)[0] + suffix
+    return re.split("[_%]", stem)[0] + dot + suffix
 
 
 def join_numbered(listed):
