@@ -71,36 +71,18 @@ def main():
         load_encoder(source, args.arch, seed=0)
     report_task(args, task)
     for seed, source in seeds_and_encoders(args):
-        missing = []
-        for row in plan(args, task, seed, source, code):
-            refuse_another_encoder(args.results, row)
-            if is_done(args.results, row):
-                print(f"{title(row)}: done before")
-            else:
-                missing.append(row)
-        if missing and args.protocol == "finetune":
-            evaluate_finetuned(args, task, missing[0], source)
-        elif missing:
-            evaluate_features(args, task, missing, source, folds)
+        rows = [row for row in plan(args, task, seed, source, code) if not is_done(args, row)]
+        if rows and args.protocol == "finetune":
+            evaluate_finetuned(args, task, rows[0], source)
+        elif rows:
+            evaluate_features(args, task, rows, source, folds)
 
 
 def plan(args, task, seed, source, code):
     """The lines of one encoder, as far as they are known before the evaluation."""
-    settings = {"arch": args.arch, "size": args.size}
-    variants = []  # label share, folds, settings
-    if args.protocol == "finetune":
-        for name in ("epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"):
-            settings[name] = getattr(args, name)
-        variants.append(("1", "", {}))
-    elif args.folds:
-        variants.append(("1", f"{args.folds}x{args.repeats}", {"c": FIXED_C}))
-    else:
-        for share in args.label_share:
-            choice = {"c": FIXED_C, "draws": args.draws} if share < 1 else {"c": "validation"}
-            variants.append((f"{share:g}", "", choice))
     rows = []
-    for share, folds, choice in variants:
-        found = settings | choice | {"data": task.digest}
+    for share, folds, choices in variants(args):
+        settings = {"arch": args.arch, "size": args.size, **choices, "data": task.digest}
         row = {
             "task": args.task,
             "name": args.name,
@@ -109,11 +91,22 @@ def plan(args, task, seed, source, code):
             "seed": seed,
             "label_share": share,
             "folds": folds,
-            "settings": " ".join(f"{key}={value}" for key, value in found.items()),
+            "settings": " ".join(f"{key}={value}" for key, value in settings.items()),
             "code": code,
         }
         rows.append(row | pretraining(source))
     return rows
+
+
+def variants(args):
+    """[(label_share, folds, settings)] of the lines that each encoder gets."""
+    if args.protocol == "finetune":
+        names = ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"]
+        return [("1", "", {name: getattr(args, name) for name in names})]
+    if args.folds:
+        return [("1", f"{args.folds}x{args.repeats}", {"c": FIXED_C})]
+    few, all_labels = {"c": FIXED_C, "draws": args.draws}, {"c": "validation"}
+    return [(f"{share:g}", "", few if share < 1 else all_labels) for share in args.label_share]
 
 
 def evaluate_finetuned(args, task, row, source):
@@ -121,8 +114,8 @@ def evaluate_finetuned(args, task, row, source):
     split = split_of(task)
     encoder = load_encoder(source, args.arch, row["seed"])
     probabilities = finetune(encoder, task, split, row["seed"], args, args.device)
-    row |= {part: len(rows) for part, rows in split.items()}
     seconds = time.perf_counter() - started
+    row |= {"train": len(split["train"]), "val": len(split["val"])}
     finish_line(args, task, row, split["test"], probabilities, seconds)
 
 
@@ -139,24 +132,25 @@ def evaluate_features(args, task, rows, source, folds):
     for row in rows:
         started = time.perf_counter()
         if row["folds"]:
-            tested, probabilities = probe_folds(found, task, row, folds)
+            train, val, tested, probabilities = probe_folds(found, task, folds)
         elif row["label_share"] != "1":
-            tested, probabilities = probe_draws(found, task, row, args.draws)
+            share = float(row["label_share"])
+            train, val, tested, probabilities = probe_draws(found, task, share, args.draws)
         else:
-            tested, probabilities = probe_split(found, task, row)
+            train, val, tested, probabilities = probe_split(found, task)
         seconds = featured + time.perf_counter() - started
-        finish_line(args, task, row, tested, probabilities, seconds)
+        finish_line(args, task, row | {"train": train, "val": val}, tested, probabilities, seconds)
 
 
 def finish_line(args, task, row, tested, probabilities, seconds):
     """Measure the test probabilities, write the line and its scores, and print it."""
-    labels = task.labels[tested]
+    labels, groups = task.labels[tested], task.groups[tested]
     repeats = 1
     if probabilities.ndim == 3:
         repeats = args.repeats if row["folds"] else len(probabilities)
     row |= measure(labels, probabilities, repeats)
-    row["seconds"] = f"{seconds:.1f}"
-    write_line(args.results, row, tested, labels, task.groups[tested], probabilities)
+    row |= {"test": len(tested), "seconds": f"{seconds:.1f}"}
+    write_line(args.results, row, tested, labels, groups, probabilities)
     spread = f" (SD {row['auc_sd']})" if row["auc_sd"] else ""
     print(
         f"{title(row)}: AUC {row['auc']}{spread}  F1 {row['f1']}  accuracy {row['accuracy']}  "
@@ -166,12 +160,9 @@ def finish_line(args, task, row, tested, probabilities, seconds):
 
 
 def title(row):
-    text = f"{row['task']} {row['name']} {row['protocol']}"
-    if row["label_share"] != "1":
-        text += f" labels {row['label_share']}"
-    if row["folds"]:
-        text += f" folds {row['folds']}"
-    return f"{text} seed {row['seed']}"
+    share = f" labels {row['label_share']}" if row["label_share"] != "1" else ""
+    folds = f" folds {row['folds']}" if row["folds"] else ""
+    return f"{row['task']} {row['name']} {row['protocol']}{share}{folds} seed {row['seed']}"
 
 
 def measure(labels, probabilities, repeats):
@@ -191,19 +182,17 @@ def measure(labels, probabilities, repeats):
     return found
 
 
-def probe_split(features, task, row):
+def probe_split(features, task):
     """Logistic regression on standardised frozen features, C by validation AUC.
 
-    Returns the tested images and their probabilities, [test, classes]; fills in the row's sizes.
-    All of C_GRID is tried: to stop at the first drop in validation AUC chose far too small a C on
-    head-ct, whose 40 validation images make AUC jump. Beyond 5,000 images the fit stops at ten
-    times scikit-learn's tolerance (our choice): a quarter of the time on organ, AUC the same to
-    0.0003; on small sets that would change which C is best.
+    Like the other two probes it returns the numbers of training and validation images, the rows of
+    the tested images and their probabilities, here [test, classes]. All of C_GRID is tried: on
+    head-ct, whose 40 validation images make AUC jump, the first drop comes far too early. Beyond
+    5,000 images the fit stops at ten times scikit-learn's tolerance (our choice): a quarter of the
+    time on organ, AUC the same to 0.0003; on small sets that would change which C is best.
     """
-    split = split_of(task)
-    train, val, test = split["train"], split["val"], split["test"]
-    row |= {"train": len(train), "val": len(val), "test": len(test)}
-    scaled = StandardScaler().fit(features[train]).transform(features)
+    train, val, test = split_of(task).values()
+    scaled = standardised(features, train)
     tolerance = 1e-4 if len(train) < 5000 else 1e-3
     model = LogisticRegression(max_iter=2000, warm_start=True, tol=tolerance)
     best, best_auc = None, -1.0
@@ -213,22 +202,19 @@ def probe_split(features, task, row):
             value = auc.metrics(task.labels[val], model.predict_proba(scaled[val]))["auc"]
             if value > best_auc:
                 best, best_auc = model.predict_proba(scaled[test]), value
-    return test, best
+    return len(train), len(val), test, best
 
 
-def probe_draws(features, task, row, draws):
-    """The probe trained on draws of the row's label share, C fixed.
+def probe_draws(features, task, share, draws):
+    """The probe trained on draws of a share of the labels, C fixed; [draws, test, classes].
 
-    Returns the tested images and their probabilities, [draws, test, classes]. Features are
-    standardised over all training images, which needs no labels (our choice).
+    Features are standardised over all training images, which needs no labels (our choice).
     """
-    split = split_of(task)
-    share = float(row["label_share"])
-    drawn = [draw_labels(task, split["train"], share, draw) for draw in range(draws)]
-    row |= {"train": len(drawn[0]), "val": 0, "test": len(split["test"])}
-    scaled = StandardScaler().fit(features[split["train"]]).transform(features)
-    found = [fit_and_predict(scaled, task, rows, split["test"]) for rows in drawn]
-    return split["test"], np.stack(found)
+    train, _, test = split_of(task).values()
+    scaled = standardised(features, train)
+    drawn = [draw_labels(task, train, share, draw) for draw in range(draws)]
+    found = [fit_and_predict(scaled, task, rows, test) for rows in drawn]
+    return len(drawn[0]), 0, test, np.stack(found)
 
 
 def draw_labels(task, train, share, draw):
@@ -244,24 +230,22 @@ def draw_labels(task, train, share, draw):
     return np.sort(np.concatenate(drawn))
 
 
-def probe_folds(features, task, row, folds):
-    """Repeated cross-validation over all images, C fixed.
+def probe_folds(features, task, folds):
+    """Repeated cross-validation over all N images, C fixed; [repeats x folds, N, classes].
 
-    folds: for each repeat the rows of each fold. Returns all images and their probabilities,
-    [repeats x folds, N, classes], NaN outside a part's fold. Features are standardised over the
-    training folds.
+    folds: for each repeat the rows of each fold. NaN marks images outside a part's fold.
     """
     everything = np.arange(len(task.labels))
-    parts = []
-    for repeat in folds:
-        for rows in repeat:
-            train = np.setdiff1d(everything, rows)
-            scaled = StandardScaler().fit(features[train]).transform(features)
-            part = np.full((len(everything), len(task.classes)), np.nan, np.float32)
-            part[rows] = fit_and_predict(scaled, task, train, rows)
-            parts.append(part)
-    row |= {"train": len(train), "val": 0, "test": len(everything)}
-    return everything, np.stack(parts)
+    tests = sum(folds, [])
+    found = np.full((len(tests), len(everything), len(task.classes)), np.nan, np.float32)
+    for part, test in zip(found, tests):
+        train = np.setdiff1d(everything, test)
+        part[test] = fit_and_predict(standardised(features, train), task, train, test)
+    return len(train), 0, everything, found
+
+
+def standardised(features, train):
+    return StandardScaler().fit(features[train]).transform(features)
 
 
 def fit_and_predict(scaled, task, train, test):
@@ -315,10 +299,11 @@ def train_epoch(model, optimizer, task, rows, generator, args, device):
     model.train()
     labels = torch.from_numpy(task.labels)
     for batch in rows.tensor_split(math.ceil(len(rows) / args.batch_size)):
-        flip = torch.zeros(len(batch), dtype=torch.bool)
+        images = torch.from_numpy(task.images)[batch]
         if task.vertical_flip:
             flip = torch.rand(len(batch), generator=generator) < 0.5
-        outputs = forward(model, task, batch, flip, args, device)
+            images[flip] = images[flip].flip(1)
+        outputs = forward(model, images, task, args, device)
         loss = nn.functional.cross_entropy(outputs, labels[batch].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -331,30 +316,25 @@ def predict(model, task, rows, args, device):
     model.eval()
     found = []
     for batch in torch.from_numpy(rows).split(256):
-        flip = torch.zeros(len(batch), dtype=torch.bool)
-        found.append(forward(model, task, batch, flip, args, device).softmax(1).cpu())
+        images = torch.from_numpy(task.images)[batch]
+        found.append(forward(model, images, task, args, device).softmax(1).cpu())
     return torch.cat(found).numpy()
 
 
-def forward(model, task, rows, flip, args, device):
-    """Outputs of the model for rows of the task, float32 [n, classes]; flip: bool [n], vertical."""
-    grey = torch.from_numpy(task.images)[rows]
-    grey = torch.where(flip[:, None, None], grey.flip(1), grey)
-    inputs = to_input(grey.to(device).float() / 255, task.mean, task.std)
+def forward(model, images, task, args, device):
+    """uint8 [n, size, size] -> outputs of the model, float32 [n, classes]."""
+    inputs = to_input(images.to(device).float() / 255, task.mean, task.std)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
         return model(inputs).float()
 
 
 def pretraining(source):
-    """Of the run that made the encoder: columns of results.csv.
-
-    Slices kept, optimiser steps, dose (mean over steps) and seconds; empty without a log.
-    """
+    """Columns of results.csv on the run that made the encoder; empty without a log."""
     settings, epochs = read_log(source)
     if not epochs:
         return {"slices": "", "steps": "", "dose": "", "pretrain_seconds": ""}
     steps = np.diff([0, *(line["step"] for line in epochs)])
-    dose = np.average([line["dose"] for line in epochs], weights=steps)
+    dose = np.average([line["dose"] for line in epochs], weights=steps)  # mean over steps
     return {
         "slices": settings["slices"],
         "steps": settings["steps"],
@@ -385,60 +365,57 @@ def refuse_lines_of_other_code(args, code):
             )
 
 
-def refuse_another_encoder(results, row):
-    """A line is never replaced by one of another encoder, nor are two encoders one seed."""
-    for old in read_results(results):
+def is_done(args, row):
+    """Whether results.csv, as it is now, holds the line; it is never another encoder's."""
+    for old in read_results(args.results):
         if same(old, row, KEY) and old["encoder"] != row["encoder"]:
             fail(
-                f"{results}: {title(row)} is of another encoder, {old['encoder']}: give another "
-                "--name or --results, or delete that line"
+                f"{args.results}: {title(row)} is of another encoder, {old['encoder']}: give "
+                "another --name or --results, or delete that line"
             )
-
-
-def is_done(results, row):
-    """Whether results.csv, as it is now, holds the line."""
-    keys = [*KEY, "encoder", "settings", "code"]
-    return any(same(old, row, keys) for old in read_results(results))
+        if same(old, row, [*KEY, "settings", "code"]):
+            print(f"{title(row)}: done before")
+            return True
+    return False
 
 
 def report_task(args, task):
     """Print what the task holds and which images are not independent; list near-duplicates."""
+
+    def say(text):
+        print(f"{args.task}: {text}")
+
     n = len(task.labels)
-    groups = len(np.unique(task.groups))
-    print(f"{args.task}: {n} images, {groups} groups, classes {', '.join(task.classes)}")
+    say(f"{n} images, {len(np.unique(task.groups))} groups, classes {', '.join(task.classes)}")
     if len(task.classes) == 2:
-        print(f"{args.task}: AUC and F1 are those of class {task.classes[1]}")
+        say(f"AUC and F1 are those of class {task.classes[1]}")
     split = split_of(task)
-    test = split["test"]
     if task.split is None:
-        columns = ["image", "other", "bits"]
-        pairs = near_pairs(task.hashes)
-        together = 0
-        for one, other, _ in pairs:
-            together += sum(one in rows and other in rows for rows in split.values())
-        print(
-            f"{args.task}: the split keeps groups on one side, and with them {together} of "
-            f"{len(pairs)} pairs of near-duplicates"
+        columns, pairs = ["image", "other", "bits"], near_pairs(task.hashes)
+        side = {row: part for part, rows in split.items() for row in rows}
+        together = sum(side[one] == side[other] for one, other, _ in pairs)
+        say(
+            f"the split keeps groups on one side, and with them {together} of {len(pairs)} pairs "
+            "of near-duplicates"
         )
     else:
-        columns = ["test", "train", "bits"]
-        pairs = leaks(task, split)
+        columns, pairs = ["test", "train", "bits"], leaks(task, split)
         others = task.groups[np.concatenate([split["train"], split["val"]])]
-        shared = np.isin(task.groups[test], others).sum()
-        print(
-            f"{args.task}: {len(pairs)} of {len(test)} test images have a near-duplicate among "
-            f"the training images, {shared} are of a group of the training or validation images"
+        shared = np.isin(task.groups[split["test"]], others).sum()
+        say(
+            f"{len(pairs)} of {len(split['test'])} test images have a near-duplicate among the "
+            f"training images, {shared} are of a group of the training or validation images"
         )
     path = scores_folder(args.results) / f"near-duplicates-{args.task}.csv"
     with locked(args.results), atomic_write(path, text=True) as file:
         csv_line(file, columns)
         for one, other, bits in pairs:
             csv_line(file, [task.names[one], task.names[other], bits])
-    print(f"{args.task}: near-duplicates (dHash within {DUPLICATE_BITS} bits) are in {path}")
+    say(f"near-duplicates (dHash within {DUPLICATE_BITS} bits) are in {path}")
     if args.folds:
-        print(
-            f"{args.task}: {args.folds} folds of whole groups. The {args.repeats} repeats average "
-            f"out the luck of the split; they are no new data: it is the same {n} images"
+        say(
+            f"{args.folds} folds of whole groups. The {args.repeats} repeats average out the luck "
+            f"of the split; they are no new data: it is the same {n} images"
         )
 
 
@@ -463,9 +440,8 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "task", choices=TASKS, metavar="TASK", help=", ".join(TASKS) + "; or: tables, figure, study"
-    )
+    names = ", ".join(TASKS)
+    add("task", choices=TASKS, metavar="TASK", help=f"{names}; or: tables, figure, study")
     add("data", type=Path, metavar="DATA", help="the task's folder (npz tasks: or its file)")
     add(
         "--encoder",
@@ -474,10 +450,7 @@ def parse_args():
         help="encoder.pt, scratch or imagenet; several are the seeds of pre-training of one row",
     )
     add("--results", type=Path, required=True, help="CSV to add lines to")
-    add(
-        "--name",
-        help="row of the tables (default: the encoder's folder); ALL is the one compared to",
-    )
+    add("--name", help="row of the tables (default: the encoder's folder); others compare to ALL")
     add(
         "--protocol",
         choices=["finetune", "linear"],
@@ -493,43 +466,37 @@ def parse_args():
     )
     add("--arch", choices=simclr.ARCHS, default="resnet50", help="default: the paper's")
     add("--size", type=int, default=224, help="side of an image in pixels (default: the paper's)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+
+    add = parser.add_argument_group("linear").add_argument
     add(
         "--label-share",
         type=float,
         nargs="+",
         default=[1.0],
         metavar="F",
-        help="linear: train on this share of the training labels; several: a line each",
+        help="train on this share of the training labels; several: a line each",
     )
-    add("--draws", type=int, default=10, help="linear: draws of a label share below 1")
-    add(
-        "--folds",
-        type=int,
-        help="linear: cross-validation over all images instead of the task's split",
-    )
-    add("--repeats", type=int, default=10, help="linear: of the cross-validation")
-    add("--epochs", type=int, default=70, help="finetune: default: the paper's 70")
-    add(
-        "--freeze-epochs",
-        type=int,
-        default=10,
-        help="finetune: encoder frozen, but for batch norm; default: the paper's 10",
-    )
-    add("--lr", type=float, default=1e-4, help="finetune: Adam; default: the paper's 1e-4")
-    add("--weight-decay", type=float, default=5e-4, help="finetune: default: the paper's 5e-4")
-    add("--batch-size", type=int, default=64, help="finetune: default: the paper's 64")
+    add("--draws", type=int, default=10, help="draws of a label share below 1")
+    add("--folds", type=int, help="cross-validation over all images instead of the task's split")
+    add("--repeats", type=int, default=10, help="of the cross-validation")
+
+    add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
+    add("--epochs", type=int, default=70, help="default: 70")
+    add("--freeze-epochs", type=int, default=10, help="encoder frozen but batch norm; default: 10")
+    add("--lr", type=float, default=1e-4, help="Adam; default: 1e-4")
+    add("--weight-decay", type=float, default=5e-4, help="default: 5e-4")
+    add("--batch-size", type=int, default=64, help="default: 64")
     add(
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="finetune: auto is bfloat16 where the hardware multiplies it natively",
+        help="auto is bfloat16 where the hardware multiplies it natively",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
     if args.name is None:
-        args.name = args.encoder[0]
-        if args.encoder[0] not in ("scratch", "imagenet"):
-            args.name = Path(args.encoder[0]).parent.name
+        first = args.encoder[0]
+        args.name = first if first in ("scratch", "imagenet") else Path(first).parent.name
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = torch.device(args.device)
@@ -546,26 +513,26 @@ def parse_args():
 def check_args(args):
     if not re.fullmatch(r"[\w.+-]+", args.name):
         fail(f"--name {args.name}: use letters, digits and . + - _ only: it names files")
-    for name in ("seeds", "size", "draws", "repeats", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("seeds", "size", "draws", "folds", "repeats", "epochs", "batch_size"):
+        least = 2 if name == "folds" else 1
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}")
     for share in args.label_share:
         if not 0 < share <= 1:
             fail(f"--label-share {share}: not a share: give numbers above 0, at most 1")
-    if args.folds is not None and args.folds < 2:
-        fail(f"--folds {args.folds}: at least 2 are needed")
-    if args.folds and args.label_share != [1.0]:
+    few_labels = args.label_share != [1.0]
+    if args.folds and few_labels:
         fail("--folds and --label-share exclude each other: give them in two calls")
-    if args.protocol == "finetune":
-        if args.folds or args.label_share != [1.0]:
-            fail("--folds and --label-share are for --protocol linear")
-        if args.seeds < len(args.encoder):
-            fail(
-                f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: "
-                "give at least as many seeds"
-            )
-    elif args.precision != "auto":
+    if args.protocol == "linear" and args.precision != "auto":
         fail("--precision is for --protocol finetune: features are always in float32")
+    if args.protocol == "finetune" and (args.folds or few_labels):
+        fail("--folds and --label-share are for --protocol linear")
+    if args.protocol == "finetune" and args.seeds < len(args.encoder):
+        fail(
+            f"--seeds {args.seeds} leaves some of the {len(args.encoder)} encoders unused: give "
+            "at least as many seeds"
+        )
 
 
 def print_results(command, arguments):
@@ -580,9 +547,7 @@ def print_results(command, arguments):
         parser.add_argument("--baseline", default="ALL", help="row compared to (default: ALL)")
     args = parser.parse_args(arguments)
     if not args.results.is_file():
-        fail(
-            f"{args.results}: no such file: evaluate.py TASK ... --results {args.results} makes it"
-        )
+        fail(f"{args.results}: no such file: evaluate.py TASK ... --results CSV makes it")
     if command == "tables":
         print(tables(args.results, args.baseline))
     elif command == "study":

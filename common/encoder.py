@@ -4,6 +4,7 @@ import hashlib
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from common.files import atomic_write, fail
 
 # of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code)
 PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
-STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+STAGES = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # of a ResNet, but fc
+NO_FILE = "no such file: --encoder takes an encoder.pt, scratch or imagenet"
 MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,58 +48,34 @@ def load_encoder(source, arch, seed):
 
     source: a path to weights (see read_weights), "scratch" (random weights from the seed) or
     "imagenet" (torchvision's IMAGENET1K_V1, downloaded the torchvision way). Nothing that could run
-    code is unpickled. Every weight of the encoder must be there; the file's other weights are left
-    aside, unless one looks like an encoder's.
+    code is unpickled.
     """
     torch.manual_seed(seed)
-    if source == "imagenet":
-        network = load_imagenet(arch)
-    else:
-        network = torchvision.models.get_model(arch, weights=None)
-    network.fc = nn.Identity()
-    if source not in ("imagenet", "scratch"):
-        weights = read_weights(source)
-        expected = network.state_dict()
-        check_weights(source, arch, weights, expected)
-        weights = {key: value for key, value in weights.items() if key in expected}
-        network.load_state_dict(weights, strict=False)
-    return network
-
-
-def load_imagenet(arch):
     try:
-        return torchvision.models.get_model(arch, weights="IMAGENET1K_V1")
+        published = "IMAGENET1K_V1" if source == "imagenet" else None
+        network = torchvision.models.get_model(arch, weights=published)
     except OSError as error:
         fail(
             f"ImageNet weights of {arch} cannot be downloaded ({error}): put torchvision's file "
             f"into {torch.hub.get_dir()}/checkpoints, or give an encoder.pt"
         )
-
-
-def check_weights(source, arch, weights, expected):
-    """Stop unless weights holds every expected tensor in its shape, and no other of a ResNet's."""
-    problems = []
-    for key, value in expected.items():
-        if key in weights and weights[key].shape != value.shape:
-            problems.append(f"{key} is of another shape")
-        # batch norm's counters are missing in old files and change nothing
-        if key not in weights and not key.endswith("num_batches_tracked"):
-            problems.append(f"{key} is missing")
-    for key in weights:
-        if key not in expected and key.split(".")[0] in STAGES:
-            problems.append(f"{key} is too much")
-    if problems:
-        fail(
-            f"{source}: does not hold the weights of a {arch}: {problems[0]}: is it another --arch?"
-        )
+    network.fc = nn.Identity()
+    if source not in ("imagenet", "scratch"):
+        try:
+            # strict, but for batch norm's counters, which old files lack and nothing needs
+            network.load_state_dict(read_weights(source))
+        except RuntimeError as error:
+            first = shorten(str(error), 200)  # of hundreds of keys, on one line
+            fail(f"{source}: does not hold the weights of a {arch}: is it another --arch? {first}")
+    return network
 
 
 def read_weights(path):
-    """{name as in torchvision's ResNet: tensor} of an encoder.pt, or of an authors' checkpoint."""
+    """{name: tensor} of an encoder.pt or an authors' checkpoint, without heads and projectors."""
     try:
         found = load_tensors(path)
     except FileNotFoundError:
-        fail(f"{path}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
+        fail(f"{path}: {NO_FILE}")
     except Exception:  # whatever a damaged file makes torch raise
         fail(
             f"{path}: not a file of PyTorch weights, or damaged, or one that would have to run "
@@ -106,26 +84,23 @@ def read_weights(path):
     for key in ("state_dict", "module"):  # Lightning's checkpoints, SparK's
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict):
-        fail(f"{path}: not a state_dict of tensors")
-    if not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
         fail(f"{path}: not a state_dict of tensors")
     for prefix in PREFIXES:
         if f"{prefix}conv1.weight" in found:
             return {
                 key.removeprefix(prefix): value
                 for key, value in found.items()
-                if key.startswith(prefix)
+                if key.startswith(tuple(prefix + stage for stage in STAGES))
             }
     under = ", ".join(filter(None, PREFIXES))
     fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {under}")
 
 
 def load_tensors(path):
-    """torch.load(weights_only=True); objects beside the weights, as Lightning keeps, are Inert.
+    """torch.load(weights_only=True), which runs no code of the file.
 
-    It is still torch's own reader of weights, which imports and calls nothing but what rebuilds
-    tensors. The names that it does not know are found without running the file, and mean Inert.
+    Objects that Lightning keeps beside the weights are read as Inert.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -136,7 +111,7 @@ def load_tensors(path):
 
 
 class Inert:
-    """Stands for an object that is no tensor or plain value: drops what it is given."""
+    """In place of an object that is no tensor or plain value: drops what it is given."""
 
     def __new__(cls, *arguments):
         return super().__new__(cls)
@@ -150,18 +125,16 @@ def encoder_hash(source):
     if source in ("imagenet", "scratch"):
         return source
     if not Path(source).is_file():
-        fail(f"{source}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
+        fail(f"{source}: {NO_FILE}")
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
 def features(network, images, statistics, device, label):
     """Yield the features of images, uint8 [N, size, size], batch by batch: float32 [b, width].
 
-    Features are the global average of the last stage. On a CPU each batch is computed in one
-    thread, and as many batches at once as there are threads: as fast as all threads on one batch,
-    twice as fast where other processes are at work, and the same bytes on any number of cores. On
-    a GPU convolutions are in full float32 (not TF32) and repeatable, so that features differ
-    between machines by rounding only.
+    Features are the global average of the last stage. On a CPU each batch has one thread, and as
+    many batches run at once as there are threads: the same bytes on any number of cores. On a GPU
+    convolutions are in full float32 (not TF32) and repeatable.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -182,10 +155,10 @@ def features(network, images, statistics, device, label):
 
 
 def embed(source, slices, folder):
-    """Features of whole slices, uint8 [N, size, size], as they are stored, by an encoder.
+    """The path of a store's features in folder, float32 [N, width], made once an encoder.
 
-    source: encoder.pt, whichever architecture it holds, or "imagenet" (ResNet-50). Returns the path
-    of float32 [N, width] in folder, made once per encoder and read again by the next selection.
+    source: encoder.pt, whichever architecture it holds, or "imagenet" (ResNet-50). slices: uint8
+    [N, size, size].
     """
     path = folder / f"features-{encoder_hash(source)}.npy"
     if path.exists():
@@ -196,8 +169,7 @@ def embed(source, slices, folder):
             arch = "resnet18"
     network = load_encoder(source, arch, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = (len(slices), network.inplanes)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(slices), network.inplanes)}
     with atomic_write(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for batch in features(network, slices, input_statistics(source), device, "features"):

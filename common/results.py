@@ -30,6 +30,7 @@ COLUMNS = [
     "settings",
     "code",
 ]
+SCORES = ["images", "labels", "groups", "probabilities"]  # arrays of a line's npz
 KEY = ["task", "name", "protocol", "seed", "label_share", "folds"]  # a line replaces its like
 
 
@@ -55,12 +56,10 @@ def scores_folder(results):
 
 def scores_file(results, row):
     """results-scores/TASK-NAME-PROTOCOL[-share-0.01][-folds-5x10]-SEED.npz of a line."""
-    parts = [row["task"], row["name"], row["protocol"]]
-    if row["label_share"] != "1":
-        parts.append(f"share-{row['label_share']}")
-    if row["folds"]:
-        parts.append(f"folds-{row['folds']}")
-    return scores_folder(results) / f"{'-'.join([*parts, str(row['seed'])])}.npz"
+    share = f"-share-{row['label_share']}" if row["label_share"] != "1" else ""
+    folds = f"-folds-{row['folds']}" if row["folds"] else ""
+    name = f"{row['task']}-{row['name']}-{row['protocol']}{share}{folds}-{row['seed']}.npz"
+    return scores_folder(results) / name
 
 
 def read_scores(results, row):
@@ -73,7 +72,7 @@ def read_scores(results, row):
     path = scores_file(results, row)
     try:
         with np.load(path) as scores:
-            return tuple(scores[key] for key in ("images", "labels", "groups", "probabilities"))
+            return tuple(scores[key] for key in SCORES)
     except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
         fail(
             f"{path}: scores missing or damaged ({type(error).__name__}): "
@@ -88,13 +87,8 @@ def write_line(results, row, images, labels, groups, probabilities):
     """
     with locked(results):
         with atomic_write(scores_file(results, row)) as file:
-            np.savez_compressed(
-                file,
-                images=images,
-                labels=labels,
-                groups=groups,
-                probabilities=probabilities.astype(np.float32),
-            )
+            arrays = images, labels, groups, probabilities.astype(np.float32)
+            np.savez_compressed(file, **dict(zip(SCORES, arrays)))
         rows = [old for old in read_results(results) if not same(old, row, KEY)] + [row]
         with atomic_write(results, text=True) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -36,11 +36,10 @@ class Task(NamedTuple):
     @property
     def digest(self):
         """8 hex digits that change with everything of the task but the names."""
-        published = [self.split] if self.split is not None else []
-        arrays = [self.images, self.labels, self.groups, *published]
         found = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
-        for array in arrays:
-            found.update(np.ascontiguousarray(array).tobytes())
+        for array in (self.images, self.labels, self.groups, self.split):
+            if array is not None:
+                found.update(array.tobytes())
         return found.hexdigest()[:8]
 
 
@@ -59,12 +58,13 @@ def load_task(name, data, size):
     data = Path(data)
     if not data.exists():
         fail(f"{data}: no such file or folder")
-    if name == "covid-ct":  # flip, mean and std of the official code
-        return build_task(list_covid_ct(data), data, size, 0.56, 0.2907, vertical_flip=True)
+    if name == "covid-ct":
+        task = load_images(list_covid_ct(data), data, size)
+        return task._replace(mean=0.56, std=0.2907, vertical_flip=True)  # official code
     if name == "head-ct":
-        return build_task(list_head_ct(data), data, size)
+        return load_images(list_head_ct(data), data, size)
     if name == "images":
-        return build_task(list_images(data), data, size)
+        return load_images(list_images(data), data, size)
     return load_npz("*organ*.npz" if name == "organ" else f"{name}.npz", data, size)
 
 
@@ -92,10 +92,7 @@ def list_head_ct(data):
     for where, row in read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"]):
         number, label = row["id"], row["hemorrhage"]
         if not number.isdecimal() or label not in ("0", "1"):
-            fail(
-                f"{where}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1: "
-                "mend it"
-            )
+            fail(f"{where}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1")
         file = find_one(data, f"{int(number):03d}.png")
         listed.append(Listed(file.relative_to(data).as_posix(), label, "", "", where))
     return listed
@@ -123,11 +120,10 @@ def covid_ct_source(name):
     2020.03.01.20029769-p21-73_1%0.png; the Lancet's are PIIS0140673620301549_0%0.png, without a
     page. NonCOVID's .jpg are FIGURE%PART.jpg, such as 39%8.jpg; its .png are numbers alone.
     """
-    stem = name.rsplit(".", 1)[0]
+    stem, dot, suffix = name.rpartition(".")
     if match := re.match(r"(.+)-p\d+-", stem):
         return match[1]
-    suffix = name[len(stem) :]
-    return re.split("[_%]", stem)[0] + suffix
+    return re.split("[_%]", stem)[0] + dot + suffix
 
 
 def join_numbered(listed):
@@ -149,7 +145,7 @@ def join_numbered(listed):
     return joined
 
 
-def build_task(listed, data, size, mean=0.5, std=0.5, vertical_flip=False):
+def load_images(listed, data, size):
     """The Task of listed images; near-duplicates are one group where the list has no groups."""
     earlier = {}
     for image in listed:
@@ -167,18 +163,14 @@ def build_task(listed, data, size, mean=0.5, std=0.5, vertical_flip=False):
     groups = duplicate_groups(hashes)
     if listed[0].group:
         groups = np.unique([image.group for image in listed], return_inverse=True)[1]
-    split = np.array([image.split for image in listed]) if listed[0].split else None
     task = Task(
-        images=np.stack([resize(image, size) for image in originals]),
+        images=resize(originals, size),
         labels=np.array([classes.index(image.label) for image in listed]),
         classes=classes,
-        split=split,
+        split=np.array([image.split for image in listed]) if listed[0].split else None,
         groups=groups,
         names=[image.name for image in listed],
         hashes=hashes,
-        mean=mean,
-        std=std,
-        vertical_flip=vertical_flip,
     )
     return checked(task, listed[0].where.split(": line")[0])
 
@@ -208,27 +200,25 @@ def load_npz(pattern, data, size):
             f"test ({error})"
         )
     for part, (images, labels) in parts.items():
-        if images.dtype != np.uint8 or images.ndim != 3 or not images.size:
+        grey = images.dtype == np.uint8 and images.ndim == 3 and images.size
+        whole = labels.dtype.kind in "iu" and labels.size == len(images)
+        if not grey or not whole or labels.min() < 0:
             fail(
-                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, grey images, "
-                "uint8 [N, h, w], are needed"
-            )
-        if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.min() < 0:
-            fail(
-                f"{file}: {part}_labels is {labels.dtype} {list(labels.shape)}, a whole number, "
-                f"not negative, for each of the {len(images)} images is needed"
+                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, {part}_labels "
+                f"{labels.dtype} {list(labels.shape)}: needed are grey images, uint8 [N, h, w], "
+                "and for each a whole number, not negative"
             )
     originals = [image for images, _ in parts.values() for image in images]
     labels = np.concatenate([labels.reshape(-1).astype(int) for _, labels in parts.values()])
-    classes = np.arange(max(2, len(np.unique(labels))))
-    gaps = np.setdiff1d(classes, labels)
-    if len(gaps):
-        fail(
-            f"{file}: class {gaps[0]} holds no image: classes must be numbered from 0 on, at "
-            "least two"
-        )
+    classes = range(max(2, len(np.unique(labels))))
+    for label in classes:
+        if label not in labels:
+            fail(
+                f"{file}: class {label} holds no image: classes must be numbered from 0 on, at "
+                "least two"
+            )
     task = Task(
-        images=np.stack([resize(image, size) for image in originals]),
+        images=resize(originals, size),
         labels=labels,
         classes=[str(label) for label in classes],
         split=np.repeat(SPLITS, [len(images) for images, _ in parts.values()]),
@@ -243,20 +233,26 @@ def checked(task, source):
     """The task, after making sure that every part of its split holds two images of every class."""
     if len(task.classes) < 2:
         fail(f"{source}: all images are of class {task.classes[0]}: at least two are needed")
-    counts = np.bincount(task.labels)
-    if task.split is None and counts.min() < 2 * MADE_FOLDS:
+    count, label = rarest_class(task)
+    if task.split is None and count < 2 * MADE_FOLDS:
         fail(
-            f"{source}: class {task.classes[counts.argmin()]} holds {counts.min()} images: a "
-            f"split needs at least {2 * MADE_FOLDS}"
+            f"{source}: class {task.classes[label]} holds {count} images: a split needs at least "
+            f"{2 * MADE_FOLDS}"
         )
     for part, rows in split_of(task).items():
-        counts = np.bincount(task.labels[rows], minlength=len(task.classes))
-        if counts.min() < 2:
+        count, label = rarest_class(task, rows)
+        if count < 2:
             fail(
-                f"{source}: the {part} split holds {counts.min()} images of class "
-                f"{task.classes[counts.argmin()]}, at least 2 are needed"
+                f"{source}: the {part} split holds {count} images of class {task.classes[label]}, "
+                "at least 2 are needed"
             )
     return task
+
+
+def rarest_class(task, rows=slice(None)):
+    """(number of its images, label) of the class with the fewest images among the rows."""
+    counts = np.bincount(task.labels[rows], minlength=len(task.classes))
+    return counts.min(), counts.argmin()
 
 
 def split_of(task):
@@ -279,21 +275,20 @@ def make_folds(task, folds, seed):
 
 def checked_folds(task, folds, repeats):
     """make_folds for every repeat, each fold with an image of every class, or one line."""
-    counts = np.bincount(task.labels)
-    if counts.min() < folds:
+    count, label = rarest_class(task)
+    if count < folds:
         fail(
-            f"--folds {folds}: class {task.classes[counts.argmin()]} holds only {counts.min()} "
-            "images: use fewer folds"
+            f"--folds {folds}: class {task.classes[label]} holds only {count} images: use fewer "
+            "folds"
         )
     found = [make_folds(task, folds, seed) for seed in range(repeats)]
-    for rows in (rows for repeat in found for rows in repeat):
-        counts = np.bincount(task.labels[rows], minlength=len(task.classes))
-        if counts.min() == 0:
-            name = task.classes[counts.argmin()]
-            groups = len(np.unique(task.groups[task.labels == counts.argmin()]))
+    for rows in sum(found, []):
+        count, label = rarest_class(task, rows)
+        if count == 0:
+            groups = len(np.unique(task.groups[task.labels == label]))
             fail(
-                f"--folds {folds}: a fold holds no image of class {name}, whose images are of "
-                f"{groups} groups: use fewer folds"
+                f"--folds {folds}: a fold holds no image of class {task.classes[label]}, whose "
+                f"images are of {groups} groups: use fewer folds"
             )
     return found
 
@@ -347,9 +342,8 @@ def find_one(folder, pattern):
 def read_table(path, needed):
     """[("PATH: line 7", {column: text})] of a CSV file that has at least the needed columns."""
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path)))
-        columns = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = columns
+        reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         lines = [(f"{path}: line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         fail(f"{path}: cannot be read as CSV: {error}")
@@ -361,10 +355,8 @@ def read_table(path, needed):
     for where, row in lines:
         if None in row:
             fail(f"{where}: has more cells than the first line: quote names that hold a comma")
-    return [
-        (where, {column: (text or "").strip() for column, text in row.items()})
-        for where, row in lines
-    ]
+        row.update({column: text.strip() for column, text in row.items()})
+    return lines
 
 
 def read_text(file):
@@ -387,9 +379,10 @@ def hash_all(images):
     return np.array([int(dhash(image), 16) for image in images], np.uint64)
 
 
-def resize(image, size):
-    """uint8 [h, w] -> uint8 [size, size], antialiased, aspect ratio given up.
+def resize(images, size):
+    """A list of uint8 [h, w] -> uint8 [N, size, size], antialiased, aspect ratio given up.
 
     Official code: torchvision's Resize.
     """
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    bilinear = Image.Resampling.BILINEAR
+    return np.stack([Image.fromarray(image).resize((size, size), bilinear) for image in images])
