@@ -483,7 +483,12 @@ def parse_args():
 
     add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
     add("--epochs", type=int, default=70, help="default: 70")
-    add("--freeze-epochs", type=int, default=10, help="encoder frozen but batch norm; default: 10")
+    add(
+        "--freeze-epochs",
+        type=int,
+        default=10,
+        help="first epochs, in which only batch norm and the linear layer train; default: 10",
+    )
     add("--lr", type=float, default=1e-4, help="Adam; default: 1e-4")
     add("--weight-decay", type=float, default=5e-4, help="default: 5e-4")
     add("--batch-size", type=int, default=64, help="default: 64")

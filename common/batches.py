@@ -37,8 +37,8 @@ def stream(selection, args, start, device, rank=0, world=1):
     """Yield the Batch of every step from `start` on, without end, on the device.
 
     selection: store.Selection. args: pretrain.py's, of which sample, neighbours, batch_size,
-    mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many slices, for which
-    up to world - 1 slices of a batch sit out.
+    mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many
+    slices, for which up to world - 1 slices of a batch sit out.
     """
     store, volume = selection.store, selection.store.volume_index
 
@@ -152,7 +152,7 @@ def excluded_negatives(hashes, volumes, args, step):
 
 
 def as_many_at_random(mask, rng):
-    """The control of a mask [n, n]: each row has as many entries, drawn from all but the diagonal."""
+    """The control of a mask [n, n]: as many entries a row, drawn from all but the diagonal."""
     lots = rng.random(mask.shape)
     np.fill_diagonal(lots, np.inf)  # a slice stays with itself
     rank = lots.argsort(axis=1).argsort(axis=1)  # of each lot in its row
