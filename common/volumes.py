@@ -49,10 +49,14 @@ def list_files(data):
     return sorted(found)
 
 
-def find_volumes(data, files, map_files=map):
+def read_headers(paths):
+    return [read_header(path) for path in paths]
+
+
+def find_volumes(data, files, read_headers=read_headers):
     """Group files into volumes in z order.
 
-    data: folder. files: paths relative to it. map_files: a parallel `map` that keeps the order.
+    data: folder. files: paths relative to it. read_headers: a parallel one, in the same order.
     Returns (volumes sorted by name, skipped as a list of (file, reason), warnings as a list of
     (volume, text)). DICOM is grouped by SeriesInstanceUID and ordered by the position along the
     slice normal, or, where that is not known of every slice, by InstanceNumber and name. Images
@@ -61,7 +65,7 @@ def find_volumes(data, files, map_files=map):
     """
     volumes = image_volumes([file for file in files if is_image(file)])
     others = [file for file in files if not is_image(file)]
-    headers = map_files(read_header, [os.path.join(data, file) for file in others])
+    headers = read_headers([os.path.join(data, file) for file in others])
     series = {}
     skipped = []
     warnings = []
