@@ -95,7 +95,11 @@ def series_volume(uid, members):
     members.sort(key=by_number)
     problem = position_problem([header.position for _, header in members])
     if problem:
-        warnings = [f"{problem}: ordered by {what_orders(members)}"]
+        order = "InstanceNumber"
+        numbers = {header.number for _, header in members} - {None}
+        if len(numbers) < len(members):
+            order = "file name, as InstanceNumber is missing or repeated"
+        warnings = [f"{problem}: ordered by {order}"]
         positions = [""] * len(members)
     else:
         members.sort(key=by_position)  # among equal ones the order by number stays
@@ -167,14 +171,6 @@ def by_number(member):
 
 def by_position(member):
     return member[1].position
-
-
-def what_orders(members):
-    """What tells the slices apart where they have no positions: their numbers, or their names."""
-    numbers = {header.number for _, header in members} - {None}
-    if len(numbers) == len(members):
-        return "InstanceNumber"
-    return "file name, as InstanceNumber is missing or repeated"
 
 
 def repeated_positions(members):
