@@ -20,7 +20,6 @@ from common.dicom import (
 
 AIR_HU = -1000.0  # what padding outside the field of view becomes, see stored_to_hu
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 def read_slice(path, window=None, header=None):
@@ -30,7 +29,7 @@ def read_slice(path, window=None, header=None):
     Raises Unusable with a reason.
     """
     try:
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+        if is_image(path):
             if window is not None:
                 raise Unusable("--window needs HU, which a PNG or JPEG does not hold")
             return scale_to_uint8(read_image(path))
@@ -41,6 +40,10 @@ def read_slice(path, window=None, header=None):
     except Exception as error:  # whatever a damaged file raises
         message = " ".join(str(error).split())
         raise Unusable(reason(error) or f"pixels cannot be decoded: {message}") from error
+
+
+def is_image(path):
+    return Path(path).suffix.lower() in (".png", ".jpg", ".jpeg")
 
 
 def read_image(path):

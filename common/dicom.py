@@ -3,7 +3,6 @@
 Knows nothing of volumes, HU images or strategies.
 """
 
-import math
 import os
 import stat
 from contextlib import contextmanager
@@ -85,10 +84,7 @@ def read_header(path):
 
 
 def reason(error):
-    """What an Unusable or an error of the file system says, on one line; "" for other errors.
-
-    Those could quote a patient's data.
-    """
+    """What an Unusable or an OSError says; "" for others, which could quote a patient's data."""
     if isinstance(error, Unusable):
         return " ".join(str(error).split())
     if isinstance(error, OSError):
@@ -97,10 +93,7 @@ def reason(error):
 
 
 def check_is_file(path):
-    """Raise Unusable for a pipe or a device, OSError for what cannot be opened.
-
-    Reading a pipe would wait for ever.
-    """
+    """Raise Unusable for a pipe, whose reader waits for ever, OSError for what has no access."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         os.listdir(path)  # says why the folder cannot be opened
@@ -138,14 +131,10 @@ def check_is_slice(dataset):
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric != "MONOCHROME2":
         raise Unusable(f"PhotometricInterpretation is {photometric[:16]}, not MONOCHROME2")
-    slope = number(dataset, "RescaleSlope")
-    intercept = number(dataset, "RescaleIntercept")
-    for keyword, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
-        if value is None:
-            raise Unusable(
-                f"{keyword} is missing or no number, so the values cannot be brought to HU"
-            )
-    if slope <= 0:
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        if number(dataset, keyword) is None:
+            raise Unusable(f"{keyword} is missing or no number: values cannot be brought to HU")
+    if number(dataset, "RescaleSlope") <= 0:
         raise Unusable("RescaleSlope is not above 0, which does not give HU")
     if dataset.get("PixelRepresentation") not in (0, 1):
         raise Unusable("PixelRepresentation is missing, so the sign of the values is unknown")
@@ -192,18 +181,12 @@ def numbers(dataset, keyword):
 
 def number(dataset, keyword):
     """An element as one finite float; None where it is missing or holds anything else."""
-    try:
-        value = float(dataset.get(keyword))
-    except Exception:  # whatever pydicom raises for a damaged value
-        return None
-    return value if math.isfinite(value) else None
+    values = numbers(dataset, keyword)
+    return values[0] if values and len(values) == 1 else None
 
 
 def orientation(dataset):
-    """ImageOrientationPatient: the directions of a row and of a column, six numbers.
-
-    None where it is missing or its axes are not two right-angled unit vectors.
-    """
+    """ImageOrientationPatient, six numbers; None unless they are two right-angled unit vectors."""
     axes = numbers(dataset, "ImageOrientationPatient")
     if axes is None or len(axes) != 6:
         return None

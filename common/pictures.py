@@ -1,7 +1,5 @@
 """A contact sheet of a selection: what was kept, how much each kept slice stands for, and where."""
 
-from functools import lru_cache
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,13 +15,14 @@ def contact_sheet(name, store, representative):
     height = TITLE + TILE + LABEL + STRIP + GAP
     sheet = Image.new("RGB", (GAP + WIDTH + GAP, TITLE + GAP + len(volumes) * height), "black")
     draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(13)
     n = len(representative)
     kept = (representative == np.arange(n)).sum()
     heading = (
         f"{name}: {kept} of {n} slices kept in {len(store.volumes)} volumes; "
         "xN: a kept slice stands for N; strip: z, bright = kept"
     )
-    write(draw, (GAP, GAP // 2), heading, "white")
+    draw.text((GAP, GAP // 2), heading, "white")
     for i, volume in enumerate(volumes):
         draw_volume(sheet, draw, TITLE + GAP + i * height, store, volume, representative)
     return sheet
@@ -34,7 +33,7 @@ def draw_volume(sheet, draw, top, store, volume, representative):
     rows = store.volumes[volume]
     kept = rows[representative[rows] == rows]
     heading = f"...{store.names[volume][-32:]}: {len(kept)} of {len(rows)} slices kept"
-    write(draw, (GAP, top), heading, "white")
+    draw.text((GAP, top), heading, "white")
 
     tiles_top = top + TITLE
     for column, row in enumerate(spread_over(kept, COLUMNS)):
@@ -43,7 +42,7 @@ def draw_volume(sheet, draw, top, store, volume, representative):
         tile = tile.resize((TILE - 2, TILE - 2), Image.Resampling.BILINEAR)
         sheet.paste(tile, (left, tiles_top))
         label = f"z {row - rows[0]}  x{(representative == row).sum()}"
-        write(draw, (left, tiles_top + TILE - 1), label, "khaki")
+        draw.text((left, tiles_top + TILE - 1), label, "khaki")
 
     strip_top = tiles_top + TILE + LABEL
     strip_bottom = strip_top + STRIP - 1
@@ -59,12 +58,3 @@ def spread_over(items, count):
     if len(items) <= count:
         return items
     return items[np.linspace(0, len(items) - 1, count).round().astype(int)]
-
-
-def write(draw, position, text, colour):
-    draw.text(position, text, fill=colour, font=font())
-
-
-@lru_cache
-def font():
-    return ImageFont.load_default(13)

@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from common import ct
 from common.dicom import read_header
 from common.files import atomic_write, check_code, code_digest, csv_line, fail, run_script
 from common.hashing import check_dhash, slice_hash
-from common.volumes import find_volumes, list_files
+from common.volumes import find_volumes, list_files, read_headers
 from common.workers import in_order, worker_pool
 
 CODE = (  # what decides a store
@@ -46,6 +46,7 @@ NEEDS_DECODER = "pip install"  # in the reason of a file that a plug-in could de
 HEADERS_A_JOB = 64
 SLICES_A_JOB = 32
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
+REMEDY = "give another OUT, or delete this one"
 
 
 class Store(NamedTuple):
@@ -73,16 +74,10 @@ def check_folders(data, out):
     """Stop with one line if DATA is no folder, or if DATA and OUT lie inside each other."""
     if not data.is_dir():
         fail(f"{data}: no such folder: DATA must be a folder that holds CT slices")
-    if data.resolve() == out.resolve() or data.resolve() in out.resolve().parents:
-        fail(
-            f"{out} lies inside {data}: choose an OUT elsewhere, or its pictures would count as "
-            "slices"
-        )
-    if out.resolve() in data.resolve().parents:
-        fail(
-            f"{data} lies inside {out}: choose an OUT of its own, so that deleting it deletes no "
-            "data"
-        )
+    if out.resolve().is_relative_to(data.resolve()):
+        fail(f"{out} lies inside {data}: its pictures would count as slices: choose another OUT")
+    if data.resolve().is_relative_to(out.resolve()):
+        fail(f"{data} lies inside {out}, where deleting OUT deletes data: choose another OUT")
 
 
 def open_or_build_store(data, out, size, window, workers):
@@ -99,15 +94,16 @@ def open_or_build_store(data, out, size, window, workers):
         "size": size,
         "window": window,
     }
-    reused = (out / "store.json").exists()
-    if reused:
-        check_made_from(out, made_from)
-    else:
+    if not (out / "store.json").exists():
         build_store(data, out, [file for file, _, _ in files], made_from, workers)
+    found = read_json(out / "store.json")
+    changed = [key for key in made_from if found.get(key) != made_from[key]]
+    if "fingerprint" in changed:
+        changed = ["the files of DATA (names, sizes or times)"]
+    if changed:
+        fail(f"{out} was made from other input: {', '.join(changed)} changed; {REMEDY}")
     store = read_store(out)
-    report(store)
-    if reused:
-        report_new_decoders(data, out)
+    report(store, data)
     return store
 
 
@@ -119,18 +115,6 @@ def fingerprint(files):
     return digest.hexdigest()
 
 
-def check_made_from(out, made_from):
-    found = read_json(out / "store.json")
-    changed = [key for key in made_from if found.get(key) != made_from[key]]
-    if "fingerprint" in changed:
-        changed = ["the files of DATA (names, sizes or times)"]
-    if changed:
-        fail(
-            f"{out} was made from other input: {', '.join(changed)} changed; "
-            "give another OUT, or delete this one"
-        )
-
-
 def build_store(data, out, files, made_from, workers):
     """Decode every slice below data in parallel, in order, into the files of a store.
 
@@ -140,20 +124,17 @@ def build_store(data, out, files, made_from, workers):
         features.unlink()
     with worker_pool(workers) as pool:
 
-        def read_headers(read, paths):
-            jobs = batches(paths, HEADERS_A_JOB)
-            headers = chain.from_iterable(in_order(pool, partial(apply_to_each, read), jobs))
-            return tqdm(headers, "headers", len(paths), unit="file", disable=not paths)
+        def read_all_headers(paths):
+            return in_batches(pool, read_headers, paths, HEADERS_A_JOB, "header")
 
-        volumes, skipped, warnings = find_volumes(data, files, read_headers)
+        volumes, skipped, warnings = find_volumes(data, files, read_all_headers)
         jobs = [
             (os.path.join(data, file), header)  # a Path would take long to send
             for volume in volumes
             for file, header in zip(volume.files, volume.headers)
         ]
         work = partial(decode, size=made_from["size"], window=made_from["window"])
-        decoded = chain.from_iterable(in_order(pool, work, batches(jobs, SLICES_A_JOB)))
-        decoded = tqdm(decoded, "slices", len(jobs), unit="slice", disable=not jobs)
+        decoded = in_batches(pool, work, jobs, SLICES_A_JOB, "slice")
         write_slices(data, out, volumes, decoded, made_from["size"], skipped)
     with atomic_write(out / "skipped.csv", text=True) as file:
         for row in [("file", "reason"), *sorted(skipped)]:
@@ -169,15 +150,14 @@ def build_store(data, out, files, made_from, workers):
         json.dump(made_from | made, file, indent=1)
 
 
-def batches(items, size):
-    """Lists of `size` items, the last one shorter."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
+def in_batches(pool, work, items, size, unit):
+    """Iterate over the results of work(list of up to `size` items), in order, with a progress bar.
 
-
-def apply_to_each(work, items):
-    return [work(item) for item in items]
+    work returns a list: the result of each item.
+    """
+    batches = (items[i : i + size] for i in range(0, len(items), size))
+    results = chain.from_iterable(in_order(pool, work, batches))
+    return tqdm(results, f"{unit}s", len(items), unit=unit, disable=not items)
 
 
 def decode(jobs, size, window):
@@ -221,17 +201,12 @@ def write_slices(data, out, volumes, decoded, size, skipped):
                 csv_line(csv_file, [row, volume.name, position, file, bits])
                 row += 1
         if row == 0:
-            fail(f"{data}: no CT slice found{most_skipped(skipped)}")
+            most = Counter(reason for _, reason in skipped).most_common(1)
+            reason = f", most: {most[0][0]}" if most else ""
+            fail(f"{data}: no CT slice found; {count(len(skipped), 'file')} skipped{reason}")
         array_file.seek(0)
         # as long as the first header: NumPy leaves room for the first axis to grow
         write_npy_header(array_file, row, size)
-
-
-def most_skipped(skipped):
-    if not skipped:
-        return ""
-    [(reason, _)] = Counter(reason for _, reason in skipped).most_common(1)
-    return f"; {count(len(skipped), 'file')} skipped, most: {reason}"
 
 
 def write_npy_header(file, n, size):
@@ -243,26 +218,39 @@ def count(n, noun):
     return f"1 {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def report(store):
+def report(store, data):
     """Print what a store holds, and a line for each kind of reason why files were left out.
 
+    Says too how to take files in whose decoder has been installed since the store was built.
     What is odd in its volumes goes to stderr.
     """
     out = store.path.parent
+    held = f"{count(len(store.slices), 'slice')} of {count(len(store.names), 'volume')}"
     left_out = f"{count(store.skipped, 'file')} skipped"
     if store.skipped:
         left_out += f", see {out / 'skipped.csv'}"
-    held = f"{count(len(store.slices), 'slice')} of {count(len(store.names), 'volume')}"
     print(f"{held}; {left_out}")
 
     kinds = {}
     for line in read_lines(out / "skipped.csv"):
         kind = re.split(":| as ", line["reason"])[0]  # without the details of a file
-        kinds.setdefault(kind, []).append(line["reason"])
+        kinds.setdefault(kind, []).append(line)
     most_first = sorted(kinds.values(), key=len, reverse=True)
     most_first.sort(key=needs_decoder_first)
-    for reasons in most_first[:SHOWN]:
-        print(f"  {len(reasons)} skipped: {reasons[0]}")
+    for lines in most_first[:SHOWN]:
+        print(f"  {len(lines)} skipped: {lines[0]['reason']}")
+
+    decodable = 0
+    for lines in kinds.values():
+        first = lines[0]
+        if NEEDS_DECODER in first["reason"]:
+            if read_header(Path(data, first["file"])) != first["reason"]:
+                decodable += len(lines)
+    if decodable:
+        print(
+            f"{count(decodable, 'file')} skipped then can be decoded now: to take them in, "
+            f"delete {out} or give another OUT"
+        )
 
     warnings = read_json(out / "store.json")["warnings"]
     for volume, text in warnings[:SHOWN]:
@@ -272,35 +260,16 @@ def report(store):
         print(f"warning: {more} more of these: see {out / 'store.json'}", file=sys.stderr)
 
 
-def needs_decoder_first(reasons):
-    """Sort key of a list of reasons: those that the user can do something about come first."""
-    return NEEDS_DECODER not in reasons[0]
-
-
-def report_new_decoders(data, out):
-    """Say how to take files in whose decoder has been installed since the store was built."""
-    files = {}
-    for line in read_lines(out / "skipped.csv"):
-        if NEEDS_DECODER in line["reason"]:
-            files.setdefault(line["reason"], []).append(line["file"])
-    decodable = 0
-    for reason, same_reason in files.items():
-        if read_header(Path(data, same_reason[0])) != reason:
-            decodable += len(same_reason)
-    if decodable:
-        print(
-            f"{count(decodable, 'file')} skipped then can be decoded now: to take them in, "
-            f"delete {out} or give another OUT"
-        )
+def needs_decoder_first(lines):
+    """Sort key of lines of skipped.csv: those that the user can do something about come first."""
+    return NEEDS_DECODER not in lines[0]["reason"]
 
 
 def read_store(out):
     """The Store in the folder out; stops with one line if it is damaged or of other code."""
     out = Path(out)
     description = read_json(out / "store.json")
-    check_code(
-        out, description.get("code"), code_digest(*CODE), "give another OUT, or delete this one"
-    )
+    check_code(out, description.get("code"), code_digest(*CODE), REMEDY)
     check_undamaged(out, description)
     slices = np.load(out / "slices.npy", mmap_mode="r")
     hashes = np.empty(len(slices), np.uint64)
@@ -329,11 +298,15 @@ def read_json(path):
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        fail(
-            f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run "
-            "reduce.py again"
-        )
+        fail_damaged(path)
     return found
+
+
+def fail_damaged(path):
+    fail(
+        f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run "
+        "reduce.py again"
+    )
 
 
 def read_lines(path):
@@ -359,10 +332,7 @@ def check_undamaged(out, description, thorough=False):
         if same_size and same_time and not thorough:
             continue
         if not same_size or crc32(path) != description["crc32"][name]:
-            fail(
-                f"{path}: damaged: it is not what reduce.py wrote; delete {out} and run "
-                "reduce.py again"
-            )
+            fail_damaged(path)
         with suppress(OSError):  # somebody else's store: it is read again at the next start
             os.utime(path, ns=(stat.st_atime_ns, description["mtime_ns"][name]))
 
@@ -384,21 +354,15 @@ def read_selection(path):
     if not path.is_file():
         fail(f"{path}: no such selection: make one with reduce.py")
     if not (path.parent / "store.json").is_file():
-        fail(
-            f"{path}: no store beside it: leave a selection in the folder where reduce.py wrote it"
-        )
+        fail(f"{path}: no store beside it: leave a selection where reduce.py wrote it")
     store = read_store(path.parent)
+    names = ("row", "kept", "representative")
     try:
-        with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-        row = np.array([int(line["row"]) for line in lines], int)
-        kept = np.array([int(line["kept"]) for line in lines], int)
-        representative = np.array([int(line["representative"]) for line in lines], int)
+        lines = list(read_lines(path))
+        row, kept, representative = np.array([[int(line[n]) for line in lines] for n in names], int)
     except (KeyError, TypeError, ValueError, OverflowError):
-        fail(
-            f"{path}: not a selection: it needs the columns row, kept and representative, in "
-            "whole numbers"
-        )
+        needs = "it needs the columns row, kept and representative, in whole numbers"
+        fail(f"{path}: not a selection: {needs}")
     again = "make it again with reduce.py"
     if not np.array_equal(row, np.arange(len(store.slices))):
         last = len(store.slices) - 1
@@ -408,12 +372,12 @@ def read_selection(path):
     if not np.isin(representative, np.flatnonzero(kept)).all():
         fail(f"{path}: a representative must be a kept row; {again}")
     summary = read_json(path.with_suffix(".json"))
-    if summary.get("store") != store_digest(path.parent):
+    made_for = store_digest(path.parent)
+    if summary.get("store") != made_for:
         fail(f"{path}: was made for another store than the one in {path.parent}; {again}")
     code = summary.get("code") or {}
     check_code(path, code, code_digest(*code), again)
-    content = path.read_bytes() + store_digest(path.parent).encode()
-    digest = hashlib.sha256(content).hexdigest()[:16]
+    digest = hashlib.sha256(path.read_bytes() + made_for.encode()).hexdigest()[:16]
     return Selection(store, np.flatnonzero(kept), representative, digest)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct import IMAGE_SUFFIXES
+from common.ct import is_image
 from common.dicom import read_header
 
 SAME_AXES = 0.05  # difference of direction cosines
@@ -29,15 +29,11 @@ def list_files(data):
     Linked folders are followed, each real folder once. A folder that cannot be opened is listed
     as if it were a file, so that it ends up among the skipped ones.
     """
-    found = []
+    paths = []
     seen = set()
 
-    def add(path):
-        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-        found.append((Path(path).relative_to(data).as_posix(), stat.st_size, stat.st_mtime_ns))
-
     def add_unopened(error):
-        add(error.filename)
+        paths.append(error.filename)
 
     for folder, folders, names in os.walk(data, followlinks=True, onerror=add_unopened):
         folders.sort()
@@ -45,43 +41,45 @@ def list_files(data):
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        for name in names:
-            add(os.path.join(folder, name))
+        paths += [os.path.join(folder, name) for name in names]
+    found = []
+    for path in paths:
+        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+        found.append((Path(path).relative_to(data).as_posix(), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
 
 
-def find_volumes(data, files, map_files=map):
+def read_headers(paths):
+    return [read_header(path) for path in paths]
+
+
+def find_volumes(data, files, read_headers=read_headers):
     """Group files into volumes in z order.
 
-    data: folder. files: paths relative to it. map_files: a parallel `map` that keeps the order.
+    data: folder. files: paths relative to it. read_headers: a parallel one, in the same order.
     Returns (volumes sorted by name, skipped as a list of (file, reason), warnings as a list of
     (volume, text)). DICOM is grouped by SeriesInstanceUID and ordered by the position along the
     slice normal, or, where that is not known of every slice, by InstanceNumber and name. Images
     are grouped by folder, or by the name before the last `_` where one folder holds several such
     names (the official code's flat layout), and ordered by the number in the name.
     """
-    images = [file for file in files if is_image(file)]
+    volumes = image_volumes([file for file in files if is_image(file)])
     others = [file for file in files if not is_image(file)]
+    headers = read_headers([os.path.join(data, file) for file in others])
     series = {}
     skipped = []
     warnings = []
-    headers = map_files(read_header, [os.path.join(data, file) for file in others])
     for file, header in zip(others, headers):
         if isinstance(header, str):
             skipped.append((file, header))
         else:
             series.setdefault(header.series, []).append((file, header))
-    volumes = image_volumes(images)
     for uid, members in series.items():
         volume, left_out, texts = series_volume(uid, members)
         volumes.append(volume)
         skipped += left_out.items()
         warnings += [(uid, text) for text in texts]
     return sorted(volumes, key=lambda volume: volume.name), skipped, sorted(warnings)
-
-
-def is_image(file):
-    return Path(file).suffix.lower() in IMAGE_SUFFIXES
 
 
 def series_volume(uid, members):
@@ -94,13 +92,17 @@ def series_volume(uid, members):
         left_out |= check(members)
         members = [member for member in members if member[0] not in left_out]
 
+    members.sort(key=by_number)
     problem = position_problem([header.position for _, header in members])
     if problem:
-        members.sort(key=by_number)
-        warnings = [f"{problem}: ordered by {what_orders(members)}"]
+        order = "InstanceNumber"
+        numbers = {header.number for _, header in members} - {None}
+        if len(numbers) < len(members):
+            order = "file name, as InstanceNumber is missing or repeated"
+        warnings = [f"{problem}: ordered by {order}"]
         positions = [""] * len(members)
     else:
-        members.sort(key=by_position)
+        members.sort(key=by_position)  # among equal ones the order by number stays
         left_out |= repeated_positions(members)
         members = [member for member in members if member[0] not in left_out]
         warnings = gaps([header.position for _, header in members])
@@ -124,38 +126,31 @@ def repeated_instances(members):
 
 def odd_orientations(members):
     """{file: reason} of the slices, such as scouts, that lie unlike most of their series."""
-    oriented = [member for member in members if member[1].axes]
-    odd = odd_ones(oriented, same_axes)
-    return {file: "orientation unlike most of its series" for file, _ in odd}
+    axes = {file: header.axes for file, header in members if header.axes}
+    return {file: "orientation unlike most of its series" for file in odd_ones(axes, SAME_AXES)}
 
 
 def odd_sizes(members):
     """{file: reason} of the slices whose size is unlike that of most of their series."""
+    sizes = {file: (header.rows, header.columns) for file, header in members}
     return {
-        file: f"{header.rows} x {header.columns} pixels, unlike most of its series"
-        for file, header in odd_ones(members, same_size)
+        file: f"{sizes[file][0]} x {sizes[file][1]} pixels, unlike most of its series"
+        for file in odd_ones(sizes, 0)
     }
 
 
-def odd_ones(members, similar):
-    """The (file, Header)s outside the largest group; similar(a, b) compares two Headers."""
-    groups = []
-    for member in members:
-        group = next((group for group in groups if similar(group[0][1], member[1])), None)
-        if group is None:
-            groups.append([member])
+def odd_ones(vectors, tolerance):
+    """The files outside the largest group of {file: vector}, equal within the tolerance."""
+    groups = {}
+    for file, vector in vectors.items():
+        for first in groups:
+            if max(abs(a - b) for a, b in zip(first, vector)) <= tolerance:
+                groups[first].append(file)
+                break
         else:
-            group.append(member)
-    groups.sort(key=len, reverse=True)
-    return [member for group in groups[1:] for member in group]
-
-
-def same_axes(a, b):
-    return max(abs(x - y) for x, y in zip(a.axes, b.axes)) <= SAME_AXES
-
-
-def same_size(a, b):
-    return (a.rows, a.columns) == (b.rows, b.columns)
+            groups[tuple(vector)] = [file]
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    return [file for group in largest_first[1:] for file in group]
 
 
 def position_problem(positions):
@@ -175,15 +170,7 @@ def by_number(member):
 
 
 def by_position(member):
-    return member[1].position, *by_number(member)
-
-
-def what_orders(members):
-    """What tells the slices apart where they have no positions: their numbers, or their names."""
-    numbers = {header.number for _, header in members} - {None}
-    if len(numbers) == len(members):
-        return "InstanceNumber"
-    return "file name, as InstanceNumber is missing or repeated"
+    return member[1].position
 
 
 def repeated_positions(members):
@@ -200,9 +187,9 @@ def repeated_positions(members):
 
 def gaps(positions):
     """A warning, in a list, if some of the sorted positions, in mm, lie much wider than most."""
-    distances = np.diff(positions)
-    if len(distances) < 2:
+    if len(positions) < 3:
         return []
+    distances = np.diff(positions)
     usual = np.median(distances)
     wide = int((distances > GAP * usual).sum())
     if not wide:
@@ -216,7 +203,7 @@ def gaps(positions):
 def image_volumes(files):
     """PNG and JPEG files as Volumes: one a folder, or one a `<volume>_` where it holds several."""
     folders = {}
-    for file in files:
+    for file in sorted(files, key=by_image_number):
         folders.setdefault(Path(file).parent.as_posix(), []).append(file)
     volumes = {}
     for folder, members in folders.items():
@@ -225,17 +212,18 @@ def image_volumes(files):
         for file, prefix in zip(members, prefixes):
             name = (Path(folder) / prefix[1]).as_posix() if flat else folder
             volumes.setdefault(name, []).append(file)
-    return [image_volume(name, members) for name, members in volumes.items()]
-
-
-def image_volume(name, files):
-    """Images ordered by the last number in their names, those without one last."""
-    numbered = sorted((image_number(file), file) for file in files)
-    files = [file for _, file in numbered]
-    positions = ["" if number == inf else str(number) for number, _ in numbered]
-    return Volume(name, files, positions, [None] * len(files))
+    return [
+        Volume(name, members, [image_number(file) for file in members], [None] * len(members))
+        for name, members in volumes.items()
+    ]
 
 
 def image_number(file):
+    """The last number in an image's name, without leading zeros; "" where it has none."""
     numbers = re.findall(r"\d+", Path(file).stem)
-    return int(numbers[-1]) if numbers else inf
+    return str(int(numbers[-1])) if numbers else ""
+
+
+def by_image_number(file):
+    number = image_number(file)
+    return int(number) if number else inf, file
