@@ -237,6 +237,7 @@ def training_step(args, selection):
     import pretrain
     from common import simclr
     from common.batches import stream
+    from common.encoder import to_input
     from common.store import read_selection
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +248,7 @@ def training_step(args, selection):
     model.train()
     batches = stream(read_selection(selection), settings, 0, device)
     constant = torch.rand(2 * args.batch_size, args.size, args.size, device=device)
-    inputs = simclr.to_input(constant)
+    inputs = to_input(constant)
 
     def ours():
         batch = next(batches)
@@ -315,7 +316,7 @@ def finetuning_step(args):
 
     import evaluate
     from common import simclr
-    from common.encoder import load_encoder
+    from common.encoder import load_encoder, to_input
     from common.tasks import Task
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -340,7 +341,7 @@ def finetuning_step(args):
     model = torch.nn.Sequential(bare_encoder, torch.nn.Linear(bare_encoder.inplanes, 2))
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=5e-4)
-    inputs = simclr.to_input(torch.rand(args.batch_size, args.size, args.size, device=device))
+    inputs = to_input(torch.rand(args.batch_size, args.size, args.size, device=device))
     target = torch.arange(args.batch_size, device=device) % 2
 
     def ours():
