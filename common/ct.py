@@ -67,15 +67,15 @@ def stored_to_uint8(stored, header, window=None):
     """
     if stored.dtype not in (np.int16, np.uint16):
         return scale_to_uint8(stored_to_hu(stored, header), window)
-    low, high = int(stored.min()), int(stored.max())
-    offset = np.subtract(stored, low, dtype=int)
-    values = np.arange(low, high + 1)
+    index = stored.view(np.uint16)  # negative values lie behind the others
+    values = np.arange(int(stored.min()), int(stored.max()) + 1)
     if is_padding(values, header).any():
         # padding becomes air, perhaps the lowest HU of all, so only values that occur may count
-        values = np.flatnonzero(np.bincount(offset.ravel())) + low
-    table = np.zeros(high - low + 1, np.uint8)
-    table[values - low] = scale_to_uint8(stored_to_hu(values, header), window)
-    return table.take(offset)
+        occurring = np.flatnonzero(np.bincount(index.ravel())).astype(np.uint16)
+        values = occurring.view(stored.dtype).astype(int)
+    table = np.zeros(2**16, np.uint8)
+    table[values.astype(np.uint16)] = scale_to_uint8(stored_to_hu(values, header), window)
+    return table.take(index, mode="clip")  # all are inside; without a check it is faster
 
 
 def stored_to_hu(stored, header):

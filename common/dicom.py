@@ -3,6 +3,7 @@
 Knows nothing of volumes, HU images or strategies.
 """
 
+import math
 import os
 import stat
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.pixels import get_decoder, pixel_array
-from pydicom.uid import MediaStorageDirectoryStorage
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
 # No CT slice has more, and a few damaged bytes can ask for all of the memory.
 MAX_PIXELS = 8192 * 8192
@@ -24,6 +29,15 @@ UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data
 
 class Unusable(ValueError):
     """A file that cannot become a slice; its message is the reason that skipped.csv lists."""
+
+
+class Pixels(NamedTuple):
+    """Where the pixels of an ordinary uncompressed slice lie in its file, and what they are."""
+
+    offset: int  # bytes
+    syntax: str  # TransferSyntaxUID
+    bits_stored: int  # of 16
+    signed: int  # PixelRepresentation
 
 
 class Header(NamedTuple):
@@ -39,6 +53,7 @@ class Header(NamedTuple):
     slope: float
     intercept: float  # HU
     padding: tuple[int, int] | None  # stored values, both included
+    pixels: Pixels | None = None  # None where the pixels are compressed, or out of the ordinary
 
 
 def read_header(path):
@@ -60,6 +75,7 @@ def read_header(path):
             slope=number(dataset, "RescaleSlope"),
             intercept=number(dataset, "RescaleIntercept"),
             padding=padding_range(dataset),
+            pixels=ordinary_pixels(dataset),
         )
     except pydicom.errors.InvalidDicomError:
         return what_else(path)
@@ -122,12 +138,14 @@ def check_is_slice(dataset):
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     if photometric != "MONOCHROME2":
         raise Unusable(f"PhotometricInterpretation is {photometric[:16]}, not MONOCHROME2")
-    for keyword in ("RescaleSlope", "RescaleIntercept"):
-        if number(dataset, keyword) is None:
+    slope = number(dataset, "RescaleSlope")
+    intercept = number(dataset, "RescaleIntercept")
+    for keyword, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
+        if value is None:
             raise Unusable(
                 f"{keyword} is missing or no number, so the values cannot be brought to HU"
             )
-    if number(dataset, "RescaleSlope") <= 0:
+    if slope <= 0:
         raise Unusable("RescaleSlope is not above 0, which does not give HU")
     if dataset.get("PixelRepresentation") not in (0, 1):
         raise Unusable("PixelRepresentation is missing, so the sign of the values is unknown")
@@ -174,8 +192,11 @@ def numbers(dataset, keyword):
 
 def number(dataset, keyword):
     """An element as one finite float; None where it is missing or holds anything else."""
-    values = numbers(dataset, keyword)
-    return values[0] if values and len(values) == 1 else None
+    try:
+        value = float(dataset.get(keyword))
+    except Exception:  # whatever pydicom raises for a damaged value
+        return None
+    return value if math.isfinite(value) else None
 
 
 def orientation(dataset):
@@ -213,13 +234,52 @@ def padding_range(dataset):
     return min(limits), max(limits)
 
 
+def ordinary_pixels(dataset):
+    """The Pixels of a dataset that passed the checks above; None unless 16 bits, uncompressed."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    pixels = dataset.get_item("PixelData", keep_deferred=True)
+    bits_stored = dataset.get("BitsStored")
+    if (
+        syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+        or dataset.get("SamplesPerPixel") != 1
+        or dataset.BitsAllocated != 16
+        or bits_stored not in range(1, 17)
+        or pixels.length != 2 * dataset.Rows * dataset.Columns
+    ):
+        return None
+    return Pixels(pixels.value_tell, str(syntax), bits_stored, dataset.PixelRepresentation)
+
+
 def read_stored(path, header):
     """Stored values of a DICOM slice with this Header, integers [height, width]."""
+    if header.pixels:
+        return read_ordinary(path, header)
     with no_larger_than(header.rows * header.columns):
         # named, since check_is_slice lets it be missing, and pydicom does not
         stored = pixel_array(pydicom.dcmread(path), photometric_interpretation="MONOCHROME2")
     if stored.ndim != 2:
         raise Unusable(f"pixel data has {stored.ndim} dimensions, not 2")
+    return stored
+
+
+def read_ordinary(path, header):
+    """As pixel_array, without parsing the header again: in a quarter of the time."""
+    with open(path, "rb") as file:
+        file.seek(header.pixels.offset)
+        values = file.read(2 * header.rows * header.columns)
+    stored, _ = get_decoder(header.pixels.syntax).as_array(
+        values,
+        rows=header.rows,
+        columns=header.columns,
+        samples_per_pixel=1,
+        number_of_frames=1,
+        bits_allocated=16,
+        bits_stored=header.pixels.bits_stored,
+        pixel_representation=header.pixels.signed,
+        photometric_interpretation="MONOCHROME2",
+        pixel_keyword="PixelData",
+        pixel_vr="OW",
+    )
     return stored
 
 

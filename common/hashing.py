@@ -42,7 +42,7 @@ def check_dhash(slice8):
 
 # --- dHash, fast: plain_dhash in a quarter of the time. imagehash shrinks the image to 9 x 8 by
 # --- Pillow's Lanczos filter; here the filter's own fixed-point sums are matrix products. Tests,
-# --- and one slice in 16 whenever a store is made, hold it against imagehash.
+# --- and one slice in 32 whenever a store is made, hold it against imagehash.
 
 
 def dhash(slice8):
@@ -60,9 +60,31 @@ def lanczos(image, rows):
 
     image: values of 8 bits, of any number type, [n, width] -> float64 [rows, width].
     """
-    # sums of whole numbers below 2**53, so float64 is exact
-    sums = lanczos_weights(len(image), rows) @ image.astype(np.float64)
+    sums = weighted_sums(image.T, len(image), rows).T
     return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
+
+
+def weighted_sums(image, source, target):
+    """image @ lanczos_weights(source, target).T, without rounding: float64 [n, target].
+
+    float32 is faster and adds whole numbers exactly up to 2**24, so each weight is cut into a
+    multiple of 256 and a rest. Slices too large for that need float64, which is exact to 2**53.
+    """
+    pieces, exact = weights_in_pieces(source, target)
+    if not exact:
+        return image.astype(np.float64) @ lanczos_weights(source, target).T
+    coarse, rest = np.split(image.astype(np.float32) @ pieces, 2, axis=1)
+    return 256 * coarse.astype(np.float64) + rest
+
+
+@lru_cache
+def weights_in_pieces(source, target):
+    """How often 256 is in each weight, and the rest: float32 [source, 2 * target]; whether exact."""
+    weights = lanczos_weights(source, target).T
+    coarse = np.rint(weights / 256)
+    pieces = np.concatenate([coarse, weights - 256 * coarse], axis=1)
+    exact = 255 * np.abs(pieces).sum(0).max() < 2**24
+    return pieces.astype(np.float32), exact
 
 
 @lru_cache

@@ -44,7 +44,7 @@ COLUMNS = ["row", "volume", "position", "file", "dhash"]
 LARGE_FILES = ("slices.npy", "slices.csv")
 NEEDS_DECODER = "pip install"  # in the reason of a file that a plug-in could decode
 HEADERS_A_JOB = 64
-SLICES_A_JOB = 16
+SLICES_A_JOB = 32
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
 
 
@@ -147,7 +147,7 @@ def build_store(data, out, files, made_from, workers):
 
         volumes, skipped, warnings = find_volumes(data, files, read_headers)
         jobs = [
-            (Path(data, file), header)
+            (os.path.join(data, file), header)  # a Path would take long to send
             for volume in volumes
             for file, header in zip(volume.files, volume.headers)
         ]

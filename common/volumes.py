@@ -65,7 +65,7 @@ def find_volumes(data, files, map_files=map):
     series = {}
     skipped = []
     warnings = []
-    headers = map_files(read_header, [Path(data, file) for file in others])
+    headers = map_files(read_header, [os.path.join(data, file) for file in others])
     for file, header in zip(others, headers):
         if isinstance(header, str):
             skipped.append((file, header))

@@ -127,8 +127,11 @@ def test_stored_values_are_those_of_pydicom(tmp_path, write_dicom, bits, signed,
         implicit_vr=syntax.is_implicit_VR,
         little_endian=syntax.is_little_endian,
     )
-    read = dicom.read_stored(tmp_path / "b.dcm", dicom.read_header(tmp_path / "b.dcm"))
-    assert (read == pydicom.dcmread(tmp_path / "b.dcm").pixel_array).all()
+    header = dicom.read_header(tmp_path / "b.dcm")
+    assert (header.pixels is None) == (syntax == ExplicitVRBigEndian)  # both ways are taken
+    expected = pydicom.dcmread(tmp_path / "b.dcm").pixel_array
+    assert (dicom.read_stored(tmp_path / "b.dcm", header) == expected).all()
+    assert (dicom.read_stored(tmp_path / "b.dcm", header._replace(pixels=None)) == expected).all()
 
 
 def test_scaling_is_min_max_rounded_or_a_window():

@@ -144,6 +144,8 @@ def test_dhash_is_that_of_imagehash_bit_for_bit():
     rng = np.random.default_rng(0)
     for n in range(600):
         height, width = rng.integers(1, 30, 2) if n % 4 == 0 else rng.integers(16, 530, 2)
+        if n % 25 == 1:  # near and beyond the size up to which float32 is exact
+            height, width = rng.integers(1000, 1700, 2)
         pixels = rng.integers(0, 256, (height, width), dtype=np.uint8)
         if n % 3 == 0:  # smooth
             pixels = np.asarray(
@@ -157,6 +159,16 @@ def test_dhash_is_that_of_imagehash_bit_for_bit():
             height,
             width,
         )
+
+
+@pytest.mark.parametrize("source", [16, 512, 1024, 4096])
+def test_the_sums_of_dhash_are_exact(source):
+    """On pixels that make the sums of the weights' pieces as large as can be, and on noise."""
+    weights = hashing.lanczos_weights(source, 9).astype(int)
+    noise = np.random.default_rng(0).integers(0, 256, (100, source))
+    rest = weights - 256 * np.rint(weights / 256).astype(int)
+    image = np.concatenate([noise, 255 * (weights > 0), 255 * (rest > 0), 255 * (rest < 0)])
+    assert (hashing.weighted_sums(image.astype(np.uint8), source, 9) == image @ weights.T).all()
 
 
 @pytest.mark.parametrize("target", [3, 4, 10, 37, 99.6, 100])
