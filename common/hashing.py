@@ -79,7 +79,7 @@ def weighted_sums(image, source, target):
 
 @lru_cache
 def weights_in_pieces(source, target):
-    """How often 256 is in each weight, and the rest: float32 [source, 2 * target]; whether exact."""
+    """Each weight as 256 times a and a rest: float32 [source, 2 * target]; whether exact."""
     weights = lanczos_weights(source, target).T
     coarse = np.rint(weights / 256)
     pieces = np.concatenate([coarse, weights - 256 * coarse], axis=1)
