@@ -362,7 +362,7 @@ def finetuning_step(args):
 
 
 def linear_probe(args, folder):
-    """Seconds of evaluate.py --protocol linear on each task, all included; any weights cost that."""
+    """Seconds of evaluate.py --protocol linear on each task; any weights cost the same."""
     seconds = {task: [] for task in TASKS}
     for number in range(args.rounds):
         for task in TASKS:
