@@ -6,6 +6,7 @@ import shutil
 
 import imagehash
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
