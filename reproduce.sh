@@ -381,18 +381,24 @@ prepare_data() {
 
 # Every flag is read by the script it is for before hours of work begin.
 check_flags() {
-  local encoders=() evaluation
-  for ((seed = 0; seed < seeds; seed++)); do encoders+=("run-$seed/encoder.pt"); done
-  check_script reduce data out --strategy all $reduce_flags
-  check_script pretrain selection.csv run $pretrain_flags
-  while IFS= read -r evaluation; do
-    check_script evaluate "${tasks##* }" data --results results.csv $evaluate_flags ${evaluation#*|} --encoder "${encoders[@]}"
-  done <<< "$(if [ "$mode" = study ]; then tail -n +2 <<< "$study_evaluations"; else echo '|'; fi)"
+  local encoders='' evaluation evaluations='|'
+  for ((seed = 0; seed < seeds; seed++)); do encoders="$encoders run-$seed/encoder.pt"; done
+  if [ "$mode" = study ]; then evaluations=${study_evaluations#?}; fi
+  {
+    echo "reduce data out --strategy all $reduce_flags"
+    echo "pretrain selection.csv run $pretrain_flags"
+    while IFS= read -r evaluation; do
+      echo "evaluate ${tasks##* } data --results results.csv $evaluate_flags ${evaluation#*|} --encoder$encoders"
+    done <<< "$evaluations"
+  } | "$python" -c "$read_flags" || stop '--reduce, --pretrain or --evaluate: see the line above'
 }
-
-check_script() {
-  "$python" -c "import $1; $1.parse_args()" "${@:2}" < /dev/null || stop "--$1: see the line above"
-}
+read_flags='
+import importlib, sys
+for line in sys.stdin:
+    script, *flags = line.split()
+    sys.argv = [script + ".py", *flags]
+    importlib.import_module(script).parse_args()
+'
 
 stop() {
   echo "error: $1 (bash reproduce.sh --help)" >&2
