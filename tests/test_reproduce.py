@@ -38,7 +38,8 @@ def test_every_row_is_in_the_tables_with_an_interval_over_runs(reproduced):
     with open(out / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * 2 * len(ROWS.split())
-    assert {line["steps"] for line in lines if line["name"] == "Embedding-steps-x2"} == {"4"}
+    assert {line["steps"] for line in lines} == {"4"}
+    assert all(float(line["dose"]) >= 0 for line in lines)
 
 
 def test_a_second_call_does_nothing_again(reproduced, run):
