@@ -177,7 +177,9 @@ def check_flags(args):
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
     if args.window is not None and not (np.isfinite(args.window).all() and args.window[1] > 0):
-        fail(f"--window {args.window[0]} {args.window[1]}: needs a center and a width above 0 in HU")
+        fail(
+            f"--window {args.window[0]} {args.window[1]}: needs a center and a width above 0 in HU"
+        )
 
 
 def check_like(args):
