@@ -153,13 +153,13 @@ def finish_line(args, task, row, tested, probabilities, seconds):
     write_line(args.results, row, tested, labels, groups, probabilities)
     spread = f" (SD {row['auc_sd']})" if row["auc_sd"] else ""
     print(
-        f"{title(row)}: AUC {row['auc']}{spread}  F1 {row['f1']}  accuracy {row['accuracy']}  "
+        f"{line_title(row)}: AUC {row['auc']}{spread}  F1 {row['f1']}  accuracy {row['accuracy']}  "
         f"{row['seconds']} s",
         flush=True,
     )
 
 
-def title(row):
+def line_title(row):
     share = f" labels {row['label_share']}" if row["label_share"] != "1" else ""
     folds = f" folds {row['folds']}" if row["folds"] else ""
     return f"{row['task']} {row['name']} {row['protocol']}{share}{folds} seed {row['seed']}"
@@ -370,11 +370,11 @@ def is_done(args, row):
     for old in read_results(args.results):
         if same(old, row, KEY) and old["encoder"] != row["encoder"]:
             fail(
-                f"{args.results}: {title(row)} is of another encoder, {old['encoder']}: give "
+                f"{args.results}: {line_title(row)} is of another encoder, {old['encoder']}: give "
                 "another --name or --results, or delete that line"
             )
         if same(old, row, [*KEY, "settings", "code"]):
-            print(f"{title(row)}: done before")
+            print(f"{line_title(row)}: done before")
             return True
     return False
 

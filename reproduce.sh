@@ -238,6 +238,13 @@ flags_of() {
     -e "s|HASH6|${hash6:-}|; s|ENCODER|${encoder:-$out/runs/ALL-seed-0/encoder.pt}|"
 }
 
+# is_row ROW: whether it is scratch, or a row of rows_table with or without another length.
+is_row() {
+  local name=${1%%-steps*}
+  local length=${1#"$name"}
+  [ "$1" = scratch ] || { [[ $length =~ ^(-steps(-x[0-9.]+)?)?$ ]] && [ -n "$(line_of "$name")" ]; }
+}
+
 # line_of ROW: its line of rows_table, where # stands for a whole number; empty for no row.
 line_of() {
   awk -F' *[|] *' -v row="$1" '{ name = $1; gsub(/#/, "[0-9]+", name) } NF && row ~ "^" name "$"' <<< "$rows_table"
@@ -317,14 +324,11 @@ parse() {
     esac
   fi
   rows=$(echo $rows) # one line
-  if [ "$mode" = study ]; then
-    for row in $rows; do
-      grep -q "^$row  *|" <<< "$study_rows" || stop "--rows: $row is not a row of the study"
-    done
-  fi
   for row in $rows; do
-    [ "$row" = scratch ] || [[ $row =~ -steps-x[0-9.]+$ || $row =~ -steps$ || ! $row =~ -steps ]] || stop "--rows: $row is not a row"
-    [ "$row" = scratch ] || [ -n "$(line_of "${row%%-steps*}")" ] || stop "--rows: $row is not a row"
+    is_row "$row" || stop "--rows: $row is not a row"
+    if [ "$mode" = study ]; then
+      grep -q "^$row  *|" <<< "$study_rows" || stop "--rows: $row is not a row of the study"
+    fi
   done
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"

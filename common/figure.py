@@ -11,12 +11,12 @@ from common.results import read_results
 from common.tables import (
     DEPENDENT,
     cost,
-    estimate,
+    estimate_row,
     find_name,
     row_of,
     task_statistics,
-    title,
     unique,
+    variant_title,
     variants,
 )
 
@@ -60,7 +60,7 @@ def draw_variant(drawing, top, results, variant, rows, baseline):
     base, scratch = find_name(names, baseline), find_name(names, "scratch")
     heights = {name: top + 72 + ROW * i for i, name in enumerate(names)}
     box = top + 56, top + 72 + ROW * len(names) - ROW / 2
-    drawing.append(text(12, top + 24, title(variant), size=15, weight="bold"))
+    drawing.append(text(12, top + 24, variant_title(variant), size=15, weight="bold"))
     labels = {name: name + kept_share(rows, name, base) for name in names}
     left = 24 + LETTER * max(map(len, labels.values()))
     for name in names:
@@ -68,7 +68,7 @@ def draw_variant(drawing, top, results, variant, rows, baseline):
     width = (WIDTH - left) / len(tasks)
     for i, task in enumerate(tasks):
         found = task_statistics(results, rows, task)
-        estimates = {name: estimate(found, name) for name in found["aucs"]}
+        estimates = {name: estimate_row(found, name) for name in found["aucs"]}
         sides = left + i * width, left + (i + 1) * width - GAP
         heading = f"{task} (n={found['images']})"
         drawing.append(text(np.mean(sides), top + 46, heading, anchor="middle"))
@@ -109,10 +109,10 @@ def study_figure(results, path, task, variant):
     """
     rows = variants(read_results(results)).get(variant, [])
     if task not in unique(rows, "task"):
-        fail(f"{results}: holds no results of {task}, {title(variant)}")
+        fail(f"{results}: holds no results of {task}, {variant_title(variant)}")
     found = task_statistics(results, rows, task)
     found["covariance"] = np.zeros_like(found["covariance"])  # runs only
-    estimates = {name: estimate(found, name) for name in found["aucs"]}
+    estimates = {name: estimate_row(found, name) for name in found["aucs"]}
     costs = {name: cost(rows, name) for name in estimates}
     by_steps = {row: steps_curve(row, estimates, costs) for row in CURVES}
     by_dose = {
@@ -129,7 +129,7 @@ def study_figure(results, path, task, variant):
         "Bands: 95 % interval over pre-training runs (hollow: one run). "
         "Dashed: untrained weights (scratch)."
     )
-    drawing = [text(12, 24, f"{task}, {title(variant)}: AUC", size=15, weight="bold")]
+    drawing = [text(12, 24, f"{task}, {variant_title(variant)}: AUC", size=15, weight="bold")]
     draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)
     draw_curves(drawing, by_dose, y_axis, (446, 790), doses, scratch)
     drawing.append(text(12, 420, caption, colour=GREY))

@@ -9,15 +9,15 @@ from common.tables import (
     auc_cell,
     caveats,
     cost,
-    estimate,
+    estimate_row,
     interval_text,
     markdown,
     p_text,
     row_of,
     task_head,
     task_statistics,
-    title,
     unique,
+    variant_title,
     variants,
 )
 
@@ -77,7 +77,7 @@ def study(results):
     found = {column: statistics(results, rows, *OUTCOMES[column]) for column in OUTCOMES}
     primary = found[PRIMARY]
     if primary is None:
-        fail(f"{results}: holds no results of organ, {title(OUTCOMES[PRIMARY][1])}")
+        fail(f"{results}: holds no results of organ, {variant_title(OUTCOMES[PRIMARY][1])}")
     evaluated = {column: found[column] for column in found if found[column]}
     return "\n\n".join(
         [
@@ -126,7 +126,7 @@ def difference(found, name, other):
     """tables.estimate of name - other; None unless both rows have two runs."""
     if min(runs(found, name), runs(found, other)) < 2:
         return None
-    return estimate(found, name, other)
+    return estimate_row(found, name, other)
 
 
 def difference_text(found, name, other):

@@ -85,7 +85,7 @@ def variants(rows):
     return found
 
 
-def title(variant):
+def variant_title(variant):
     """Such as: linear, 1 % of the training labels, 5 folds x 10 repeats."""
     protocol, label_share, folds = variant
     text = protocol
@@ -101,10 +101,10 @@ def variant_tables(results, variant, rows, baseline):
     names = unique(rows, "name")
     base = find_name(names, baseline)
     found = {task: task_statistics(results, rows, task) for task in unique(rows, "task")}
-    text = [f"## {title(variant)}", *caveats(variant, found)]
+    text = [f"## {variant_title(variant)}", *caveats(variant, found)]
     text.append(markdown(auc_table(rows, names, base, found)))
     if base and len(names) > 1:
-        text.append(f"### {title(variant)}: difference to {base}")
+        text.append(f"### {variant_title(variant)}: difference to {base}")
         text += difference_tables(names, base, found)
     settings = dict.fromkeys(f"{row['task']}: {row['settings']}" for row in rows)
     return [*text, "Settings: " + "; ".join(settings) + "."]
@@ -128,7 +128,7 @@ def caveats(variant, found):
 
 
 def task_statistics(results, rows, task):
-    """All that estimate() needs of one task, from the lines of one variant.
+    """All that estimate_row() needs of one task, from the lines of one variant.
 
     {"aucs": {name: AUC of each run, [runs]}, "covariance": auc.image_covariance in their order,
     "groups": independent groups of test images, 0 without scores, "images": their number as text,
@@ -236,7 +236,7 @@ def make_record(results, line):
     }
 
 
-def estimate(found, *names):
+def estimate_row(found, *names):
     """auc.estimate of a row, or of the difference of one row to another, from task_statistics."""
     rows = [found["aucs"][name] for name in names]
     places = [list(found["aucs"]).index(name) for name in names]
@@ -296,7 +296,7 @@ def auc_cell(found, name):
     text = f"{np.mean(aucs):.3f}"
     if len(aucs) > 1:
         text += f" ± {np.std(aucs, ddof=1):.3f}"
-    return text + interval_text(estimate(found, name), ".3f", found["groups"])
+    return text + interval_text(estimate_row(found, name), ".3f", found["groups"])
 
 
 def interval_text(estimated, style, groups):
@@ -311,7 +311,7 @@ def interval_text(estimated, style, groups):
 def difference_tables(names, base, found):
     """How many p are corrected, the table of differences to the baseline, and their power."""
     estimates = {
-        (name, task): estimate(found[task], name, base)
+        (name, task): estimate_row(found[task], name, base)
         for name in names
         for task in found
         if name != base and {name, base} <= set(found[task]["aucs"])

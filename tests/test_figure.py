@@ -9,7 +9,7 @@ from test_tables import make
 
 from common.figure import WIDTH, figure, study_figure
 from common.results import COLUMNS, read_results, write_line
-from common.tables import estimate, task_statistics, variants
+from common.tables import estimate_row, task_statistics, variants
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINEAR = ("linear", "1", "")
@@ -77,7 +77,7 @@ def test_figure_shows_auc_and_interval_of_every_row(made, tmp_path):
         ("imagenet", "imagenet"),
     ):
         y = texts[label][0][1] - 4
-        expected = estimate(found, name)
+        expected = estimate_row(found, name)
         x, _, fill = next(dot for dot in dots if dot[1] == y and dot[0] < organ_starts)
         assert slope * x + offset == pytest.approx(expected["value"], abs=0.002)
         assert (fill == "white") == (name == "imagenet")  # one run: hollow
