@@ -105,7 +105,8 @@ def variants(args):
         return [("1", "", {name: getattr(args, name) for name in names})]
     if args.folds:
         return [("1", f"{args.folds}x{args.repeats}", {"c": FIXED_C})]
-    few, all_labels = {"c": FIXED_C, "draws": args.draws}, {"c": "validation"}
+    few = {"c": FIXED_C, "draws": args.draws}
+    all_labels = {"c": "validation"}
     return [(f"{share:g}", "", few if share < 1 else all_labels) for share in args.label_share]
 
 
@@ -195,7 +196,8 @@ def probe_split(features, task):
     scaled = standardised(features, train)
     tolerance = 1e-4 if len(train) < 5000 else 1e-3
     model = LogisticRegression(max_iter=2000, warm_start=True, tol=tolerance)
-    best, best_auc = None, -1.0
+    best = None
+    best_auc = -1.0
     with threadpool_limits(1, "blas"):  # more threads cost more than they bring on these matrices
         for c in C_GRID:
             model.set_params(C=c).fit(scaled[train], task.labels[train])
@@ -269,7 +271,8 @@ def finetune(encoder, task, split, seed, args, device):
     generator = torch.Generator().manual_seed(seed)
     train = torch.from_numpy(split["train"])
     validation_labels = task.labels[split["val"]]
-    best, best_accuracy = None, -1.0
+    best = None
+    best_accuracy = -1.0
     for epoch in tqdm(range(args.epochs), f"{args.name} seed {seed}", unit="epoch"):
         freeze(encoder, epoch < args.freeze_epochs)
         shuffled = train[torch.randperm(len(train), generator=generator)]
@@ -391,7 +394,8 @@ def report_task(args, task):
         say(f"AUC and F1 are those of class {task.classes[1]}")
     split = split_of(task)
     if task.split is None:
-        columns, pairs = ["image", "other", "bits"], near_pairs(task.hashes)
+        columns = ["image", "other", "bits"]
+        pairs = near_pairs(task.hashes)
         side = {row: part for part, rows in split.items() for row in rows}
         together = sum(side[one] == side[other] for one, other, _ in pairs)
         say(
@@ -399,7 +403,8 @@ def report_task(args, task):
             "of near-duplicates"
         )
     else:
-        columns, pairs = ["test", "train", "bits"], leaks(task, split)
+        columns = ["test", "train", "bits"]
+        pairs = leaks(task, split)
         others = task.groups[np.concatenate([split["train"], split["val"]])]
         shared = np.isin(task.groups[split["test"]], others).sum()
         say(

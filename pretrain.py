@@ -80,8 +80,11 @@ def main():
 def train(args, selection, settings, saved, device, rank, world):
     model, optimizer = build(args, device)
     precision = getattr(torch, settings["precision"])
-    steps, per_epoch = settings["steps"], batches_per_epoch(selection, args)
-    first, log, measured = 0, [header(settings, device)], []
+    steps = settings["steps"]
+    per_epoch = batches_per_epoch(selection, args)
+    first = 0
+    log = [header(settings, device)]
+    measured = []  # of each step since the last line of the log
     if saved:
         first, log, measured = restore(saved, model, optimizer, device)
     trained = distributed(model, device) if world > 1 else model
@@ -219,7 +222,8 @@ def parse_args():
 
 def join_processes(name):
     """(rank, number of processes, device): one process, or torchrun's, each with its own GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -236,7 +240,8 @@ def describe(args, selection, device, world):
         precision = simclr.choose_precision(args.precision, device, args.size)
     except ValueError as error:
         fail(f"--precision: {error}")
-    slices, per_epoch = slices_per_epoch(selection, args.sample), batches_per_epoch(selection, args)
+    slices = slices_per_epoch(selection, args.sample)
+    per_epoch = batches_per_epoch(selection, args)
     smallest = slices // per_epoch
     if smallest < max(2 * args.loss_groups, world):
         fail(

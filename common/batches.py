@@ -40,12 +40,14 @@ def stream(selection, args, start, device, rank=0, world=1):
     mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many
     slices, for which up to world - 1 slices of a batch sit out.
     """
-    store, volume = selection.store, selection.store.volume_index
+    store = selection.store
+    volume = store.volume_index
 
     def load(step, rows):
         rows = rows[: len(rows) - len(rows) % world]
         share = np.array_split(rows, world)[rank]
-        hashes, volumes = store.hashes[rows], volume[rows]
+        hashes = store.hashes[rows]
+        volumes = volume[rows]
         excluded = excluded_negatives(hashes, volumes, args, step)
         met = near_duplicates(hashes, volumes, NEAR_DUPLICATE)
         if excluded is not None:

@@ -39,7 +39,8 @@ def figure(results, path, baseline="ALL"):
     rows = read_results(results)
     if not rows:
         fail(f"{results}: holds no results")
-    drawing, top = [], 0
+    drawing = []
+    top = 0
     for variant, lines in variants(rows).items():
         top = draw_variant(drawing, top, results, variant, lines, baseline)
     sentences = [
