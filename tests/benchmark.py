@@ -2,7 +2,7 @@
 
     python tests/benchmark.py reduce --dicom DIR --volumes DIR
     python tests/benchmark.py pretrain --volumes DIR
-    python tests/benchmark.py evaluate --tasks DIR
+    python tests/benchmark.py evaluate
 
 The sides of a comparison take turns (A B A B ...). Printed are medians (smallest to largest); a
 ratio is taken round by round. The plain ways stand at the end of this file; the packages that only
@@ -32,9 +32,8 @@ PACKAGES = ["scikit-image==0.26.0", "opencv-python-headless==5.0.0.93", "lightly
 SLICES = 2000  # that the slices of --dicom are repeated to
 PAIRS = 150  # of slices, for the plain similarities
 COMPARED = {"ssim": 5, "mi": 15}  # slices of a volume that ours compares with all of it
-LIDC, PET_CT = 243_958, 541_439  # slices (official code)
+PET_CT = 541_439  # slices (official code)
 PET_CT_VOLUMES = 891
-TASKS = ("covid-ct", "organ", "head-ct")
 
 
 def main():
@@ -65,8 +64,7 @@ def parse_args():
     part.add_argument("--steps", type=int, default=8, help="training steps a round")
     add_network_flags(part)
 
-    part = parts.add_parser("evaluate", help="the fine-tuning step; the linear probe")
-    part.add_argument("--tasks", type=Path, required=True, help=f"holds {', '.join(TASKS)}")
+    part = parts.add_parser("evaluate", help="the fine-tuning step")
     part.add_argument("--steps", type=int, default=8, help="training steps a round")
     add_network_flags(part)
     return parser.parse_args()
@@ -83,17 +81,13 @@ def add_network_flags(part):
 
 
 def reduce_part(args, folder):
-    seconds = dicom_to_selection(args, folder)
+    dicom_to_selection(args, folder)
     similarities(args, folder)
     hash_index()
-    print(
-        f"Hours to hash-6 at this rate: LIDC-IDRI, {LIDC} slices, {LIDC * seconds / 3600:.2f}; "
-        f"PET-CT, {PET_CT} slices, {PET_CT * seconds / 3600:.2f}"
-    )
 
 
 def dicom_to_selection(args, folder):
-    """DICOM to a hash-6 selection, three ways; our seconds a slice."""
+    """DICOM to a hash-6 selection, by reduce.py and the plain way."""
     dicom = folder / "dicom"
     shape = repeat_slices(args.dicom, dicom)
     out = folder / "ours"
@@ -107,13 +101,9 @@ def dicom_to_selection(args, folder):
         subprocess.run(["rm", "-rf", folder / "plain"], check=True)
         plain_kept[:] = run_plain("plain-hash", dicom, folder / "plain")
 
-    def pydicom_alone():
-        run_plain("pydicom-alone", dicom)
-
     sides = {
         "reduce.py": ours,
         "the plain way in 1 process": plain,
-        "decoding alone by pydicom in as many processes": pydicom_alone,
     }
     seconds = alternate(args.rounds, sides)
     with open(out / "slices.csv") as slices, open(out / "hash-6.csv") as selection:
@@ -124,7 +114,6 @@ def dicom_to_selection(args, folder):
     title = f"DICOM to hash-6, {len(files)} slices of {shape[0]} x {shape[1]}"
     compare(title, "s", seconds)
     print(f"  same selection: {'yes' if same else 'NO'}, {sum(kept)} kept\n")
-    return statistics.median(seconds["reduce.py"]) / len(files)
 
 
 def repeat_slices(source, target):
@@ -305,12 +294,7 @@ def against_lightly(args, selection, folder):
 # --- evaluate
 
 
-def evaluate_part(args, folder):
-    finetuning_step(args)
-    linear_probe(args, folder)
-
-
-def finetuning_step(args):
+def evaluate_part(args, _):
     """An epoch of evaluate.py's fine-tuning, its data included, against the bare step."""
     import torch
 
@@ -359,24 +343,6 @@ def finetuning_step(args):
 
     title = f"Fine-tuning, {args.steps} steps, data, start and end included"
     compare_steps(title, args, 1, ours, bare)
-
-
-def linear_probe(args, folder):
-    """Seconds of evaluate.py --protocol linear on each task; any weights cost the same."""
-    seconds = {task: [] for task in TASKS}
-    for number in range(args.rounds):
-        for task in TASKS:
-            flags = [task, args.tasks / task, "--encoder", "scratch", "--seeds", 1]
-            flags += ["--results", folder / f"results{number}.csv", "--protocol", "linear"]
-            flags += ["--arch", args.arch, "--size", args.size]
-            started = time.perf_counter()
-            run_script("evaluate.py", *flags)
-            seconds[task].append(time.perf_counter() - started)
-    print(f"evaluate.py --protocol linear, {args.arch}, {args.size} px, one encoder")
-    for task in TASKS:
-        print(f"  {task}: {spread(seconds[task])} s")
-    together = [sum(times) for times in zip(*seconds.values())]
-    print(f"  together: {spread(together)} s")
 
 
 # --- Measuring
@@ -493,21 +459,6 @@ def plain_hash(data, folder):
     return sorted(kept)
 
 
-def pydicom_alone(data):
-    """Decode every file, in as many processes as there are cores; the number of files."""
-    from concurrent.futures import ProcessPoolExecutor
-
-    files = sorted(Path(data).rglob("*.dcm"))
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return len(list(pool.map(decode_alone, files, chunksize=16)))
-
-
-def decode_alone(path):
-    import pydicom
-
-    return pydicom.dcmread(path).pixel_array.shape
-
-
 def plain_pairs(path, n):
     """{measure: seconds, and the similarity of rows i and i + 1} for n rows all over the store."""
     from skimage.metrics import structural_similarity
@@ -598,7 +549,6 @@ def lightly(folder, arch, size, batch_size, steps, precision="float32"):
 PARTS = {"reduce": reduce_part, "pretrain": pretrain_part, "evaluate": evaluate_part}
 HIDDEN = {
     "plain-hash": plain_hash,
-    "pydicom-alone": pydicom_alone,
     "plain-pairs": plain_pairs,
     "select-made-up-hashes": select_made_up_hashes,
     "lightly": lightly,

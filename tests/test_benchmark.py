@@ -57,10 +57,10 @@ def test_reduce(here, monkeypatch, cohort):
     stand_in(monkeypatch, "skimage.metrics", structural_similarity=structural_similarity)
     printed = here("benchmark.py", "reduce", "--dicom", cohort, "--volumes", cohort, "--rounds", 1)
     assert "same selection: yes" in printed
-    assert printed.count("times as fast") == 4
+    assert printed.count("times as fast") == 3
     differences = [float(line.split()[-1]) for line in printed.splitlines() if "largest" in line]
     assert len(differences) == 2 and max(differences) < 1e-5
-    assert "6000 made-up hashes" in printed and "LIDC-IDRI" in printed
+    assert "6000 made-up hashes" in printed
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -100,16 +100,6 @@ def test_pretrain(here, monkeypatch, cohort):
     assert printed.count("times as fast") == 3
 
 
-def test_evaluate(here, monkeypatch, tmp_path):
-    (tmp_path / "images").mkdir()
-    lines = ["file,label"]
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        grey = rng.integers(0, 128 + 127 * (i % 2), (32, 32))
-        Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "images" / f"{i}.png")
-        lines.append(f"{i}.png,{i % 2}")
-    (tmp_path / "images" / "labels.csv").write_text("\n".join(lines))
-    monkeypatch.setattr(benchmark, "TASKS", ("images",))
-    printed = here("benchmark.py", "evaluate", "--tasks", tmp_path, *NETWORK)
+def test_evaluate(here):
+    printed = here("benchmark.py", "evaluate", *NETWORK)
     assert printed.count("times as fast") == 1
-    assert "  images: " in printed and "  together: " in printed
