@@ -51,6 +51,11 @@ from common.tasks import (
 
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
 FIXED_C = 1e-2  # where no validation split is used: within 0.01 of the best C on all three tasks
+# Flags that do not decide a line, or have a column of their own, and those of one protocol alone;
+# all others are among a line's settings.
+NO_SETTINGS = ["task", "data", "encoder", "results", "name", "protocol", "seeds", "device"]
+LINEAR = ["label_share", "draws", "folds", "repeats"]
+FINETUNE = ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"]
 CODE = [  # the files that decide a line; what others decide (images, groups) is in data's digest
     "evaluate.py",
     "common/auc.py",
@@ -81,8 +86,8 @@ def main():
 def plan(args, task, seed, source, code):
     """The lines of one encoder, as far as they are known before the evaluation."""
     rows = []
-    for share, folds, choices in variants(args):
-        settings = {"arch": args.arch, "size": args.size, **choices, "data": task.digest}
+    for share, folds, settings in variants(args):
+        settings["data"] = task.digest
         row = {
             "task": args.task,
             "name": args.name,
@@ -100,13 +105,14 @@ def plan(args, task, seed, source, code):
 
 def variants(args):
     """[(label_share, folds, settings)] of the lines that each encoder gets."""
+    apart = NO_SETTINGS + (LINEAR if args.protocol == "finetune" else LINEAR + FINETUNE)
+    settings = {name: value for name, value in vars(args).items() if name not in apart}
     if args.protocol == "finetune":
-        names = ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"]
-        return [("1", "", {name: getattr(args, name) for name in names})]
+        return [("1", "", settings)]
     if args.folds:
-        return [("1", f"{args.folds}x{args.repeats}", {"c": FIXED_C})]
-    few = {"c": FIXED_C, "draws": args.draws}
-    all_labels = {"c": "validation"}
+        return [("1", f"{args.folds}x{args.repeats}", settings | {"c": FIXED_C})]
+    few = settings | {"c": FIXED_C, "draws": args.draws}
+    all_labels = settings | {"c": "validation"}
     return [(f"{share:g}", "", few if share < 1 else all_labels) for share in args.label_share]
 
 
@@ -376,10 +382,20 @@ def is_done(args, row):
                 f"{args.results}: {line_title(row)} is of another encoder, {old['encoder']}: give "
                 "another --name or --results, or delete that line"
             )
+        if same(old, row, KEY) and data_of(old) != data_of(row):
+            fail(
+                f"{args.results}: {line_title(row)} was evaluated on other images, labels or "
+                f"groups than {args.data} holds: give another --results, or delete that line"
+            )
         if same(old, row, [*KEY, "settings", "code"]):
             print(f"{line_title(row)}: done before")
             return True
     return False
+
+
+def data_of(row):
+    """Such as data=1a2b3c4d, the digest of the task in a line's settings."""
+    return row["settings"].split()[-1]
 
 
 def report_task(args, task):
@@ -466,8 +482,9 @@ def parse_args():
         "--seeds",
         type=int,
         default=5,
-        help="finetune: lines, each with its own head and order, the encoders taking turns; "
-        "scratch: random weights; linear otherwise makes one line an encoder",
+        help="finetune: lines, each with a head and an order of its own, the encoders taking "
+        "turns; linear: random weights of scratch, while any other encoder gets one line (default: "
+        "%(default)s)",
     )
     add("--arch", choices=simclr.ARCHS, default="resnet50", help="default: the paper's")
     add("--size", type=int, default=224, help="side of an image in pixels (default: the paper's)")
@@ -482,9 +499,9 @@ def parse_args():
         metavar="F",
         help="train on this share of the training labels; several: a line each",
     )
-    add("--draws", type=int, default=10, help="draws of a label share below 1")
+    add("--draws", type=int, default=10, help="of a label share below 1 (default: %(default)s)")
     add("--folds", type=int, help="cross-validation over all images instead of the task's split")
-    add("--repeats", type=int, default=10, help="of the cross-validation")
+    add("--repeats", type=int, default=10, help="of --folds (default: %(default)s)")
 
     add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
     add("--epochs", type=int, default=70, help="default: 70")
@@ -531,6 +548,8 @@ def check_args(args):
     for share in args.label_share:
         if not 0 < share <= 1:
             fail(f"--label-share {share}: not a share: give numbers above 0, at most 1")
+    if not args.lr > 0 or not args.weight_decay >= 0:
+        fail("--lr must be above 0, and --weight-decay at least 0")
     few_labels = args.label_share != [1.0]
     if args.folds and few_labels:
         fail("--folds and --label-share exclude each other: give them in two calls")

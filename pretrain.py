@@ -36,33 +36,14 @@ from common.files import (
 )
 from common.store import read_selection
 
-CODE = (
-    "pretrain.py",
-    "common/batches.py",
-    "common/encoder.py",
-    "common/hashing.py",
-    "common/simclr.py",
-)
+CODE = ["pretrain.py"]
+CODE += [f"common/{name}.py" for name in ("batches", "encoder", "hashing", "simclr")]
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
 COLLAPSED = 0.005  # std of the normalised embeddings; near 0.09 when all is well
 
-SETTINGS = [  # flags that make a run what it is
-    "arch",
-    "size",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "warmup",
-    "temperature",
-    "sample",
-    "neighbours",
-    "mask_negatives",
-    "mask_random",
-    "loss_groups",
-    "seed",
-]
+# Flags that do not make a run what it is: `describe` tells what they come to. All others do.
+NO_SETTINGS = ("selection", "run", "epochs", "steps", "precision", "device")
 
 
 def main():
@@ -217,6 +198,8 @@ def parse_args():
         fail("--mask-random draws from the whole batch: it does not go with --loss-groups")
     if args.lr is None:
         args.lr = 0.3 * args.batch_size / 256 if args.optimizer == "lars" else 1e-3
+    if not args.lr > 0 or not args.temperature > 0 or not args.weight_decay >= 0:
+        fail("--lr and --temperature must be above 0, and --weight-decay at least 0")
     return args
 
 
@@ -249,7 +232,7 @@ def describe(args, selection, device, world):
             f"least 2 slices for each of the {args.loss_groups} --loss-groups, and 1 for each of "
             f"the {world} processes: give a larger --batch-size, or fewer of these"
         )
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     return settings | {
         "precision": str(precision).removeprefix("torch."),
         "slices": slices,
@@ -289,7 +272,7 @@ def open_run(run, settings, rank):
     Ends the script on a finished run, and on one of other settings or of other code.
     """
     if (run / "encoder.pt").exists():
-        check_same(run, read_damageable(run / "log.jsonl", read_header), settings)
+        check_same(run, read_damageable(run / "log.jsonl", read_first_line), settings)
         if rank == 0:
             (run / "checkpoint.pt").unlink(missing_ok=True)  # of a run killed in its last moment
             print(f"{run / 'encoder.pt'}: finished before, nothing to do")
@@ -303,7 +286,7 @@ def open_run(run, settings, rank):
     return None
 
 
-def read_header(path):
+def read_first_line(path):
     return json.loads(path.read_text().splitlines()[0])
 
 

@@ -43,10 +43,12 @@ from common.similarity import MEASURES, RADIUS
 from common.store import check_folders, open_or_build_store, read_selection, store_digest
 from common.workers import in_order, worker_pool
 
-BASELINES = ["all", "every-n", "random", "redundant"]
+TO_A_BUDGET = ["every-n", "random", "redundant"]  # strategies that --like can match
+BASELINES = ["all", *TO_A_BUDGET]
 WHOLE_FROM = {"hash": 0, "every-n": 1}  # strategies of whole thresholds: the smallest one
 DEFAULT_THRESHOLDS = {"hash": 6, "ssim": 0.7, "mi": 0.45, "embedding": 0.997, "every-n": 8}
-CODE = ["reduce.py", "common/reduction.py", "common/hashing.py", "common/similarity.py"]
+CODE = ["reduce.py", "common/reduction.py", "common/hashing.py"]
+SIMILARITY_CODE = ["common/similarity.py"]
 EMBEDDING_CODE = ["common/encoder.py"]  # it decides the features
 
 
@@ -99,7 +101,7 @@ def parse_args():
         "--like",
         type=Path,
         metavar="SELECTION.csv",
-        help="for random, every-n and redundant: keep as many slices of each volume as this "
+        help="for every-n, random and redundant: keep as many slices of each volume as this "
         "selection in OUT",
     )
     add(
@@ -174,8 +176,15 @@ def check_flags(args):
         fail(f"--strategy ssim needs slices of 11 pixels or more, not --size {args.size}")
     if (strategy == "embedding") != (args.encoder is not None):
         fail("--strategy embedding and --encoder belong together: give an encoder.pt or imagenet")
+    similarity = strategy in (*MEASURES, "embedding")
+    if similarity and args.threshold is not None and not -1 <= args.threshold <= 1:
+        fail(f"--threshold {args.threshold:g}: a similarity is between -1 and 1")
     if args.size < 1:
         fail(f"--size {args.size} is not a number of pixels")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: must be at least 0")
+    if args.workers is not None and args.workers < 1:
+        fail(f"--workers {args.workers}: must be at least 1")
     if args.window is not None and not (np.isfinite(args.window).all() and args.window[1] > 0):
         fail(
             f"--window {args.window[0]} {args.window[1]}: needs a center and a width above 0 in HU"
@@ -184,8 +193,8 @@ def check_flags(args):
 
 def check_like(args):
     """Stop with one line at a --like that cannot be matched."""
-    if args.strategy not in ("random", "every-n", "redundant"):
-        fail(f"--like is for random, every-n and redundant, not for {args.strategy}")
+    if args.strategy not in TO_A_BUDGET:
+        fail(f"--like is for {', '.join(TO_A_BUDGET)}, not for {args.strategy}")
     if args.scope == "dataset":
         fail("--like counts the slices of each volume: it does not go with --scope dataset")
     if not args.like.is_file():
@@ -396,7 +405,11 @@ def write_summary(args, name, threshold, store, kept, dose, seconds):
         volume: {"slices": len(rows), "kept": int(kept[rows].sum())}
         for volume, rows in zip(store.names, store.volumes)
     }
-    code = CODE + EMBEDDING_CODE * (args.strategy == "embedding")
+    code = CODE
+    if args.strategy in (*MEASURES, "embedding"):
+        code = code + SIMILARITY_CODE
+    if args.strategy == "embedding":
+        code = code + EMBEDDING_CODE
     summary = {
         "name": name,
         "settings": settings,

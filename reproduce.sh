@@ -17,8 +17,7 @@ Stopped and started again, it goes on where it was; a step made by code that was
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
   --seeds K          pre-training runs a row (default: 1; toy: 2; study: those of study_rows, at most K)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
-  --rows "A B"       of the rows below (default for real data: scratch, those without # and without "double" in their name,
-                     Hash-3, Hash-6, Hash-12, Clusters-6, ALL-c32, ALL-c32-masked, Hash-6-steps, Random-steps; toy: 14 of them)
+  --rows "A B"       of the rows below
   --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64)
   --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
   --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
@@ -28,6 +27,8 @@ Stopped and started again, it goes on where it was; a step made by code that was
 Rows (name | reduce.py | pretrain.py; # is any whole number; KEEP slices are as many as Hash-6 keeps):
 TEXT
   echo "scratch           random weights$rows_table"
+  echo "Rows by default: $default_rows"
+  echo "On toy data: $toy_rows"
   cat <<'TEXT'
 Any row but scratch with -steps after its name is trained for as many optimiser steps as ALL, with -steps-x3 for three
 times as many, instead of for as many epochs.
@@ -131,7 +132,7 @@ main() {
   hash6=$out/slices/hash-6.csv
   keep=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["kept"])' "${hash6%.csv}.json")
   if [ "$mode" = study ]; then study; exit; fi
-  if [[ "$rows" =~ -steps || "$rows" =~ Embedding ]]; then pretrain_row ALL 0; fi
+  if [[ $rows == *-steps* || ($rows == *Embedding* && -z $encoder) ]]; then pretrain_row ALL 0; fi
   for row in $rows; do
     if [ "$row" = scratch ]; then evaluate_row scratch scratch; continue; fi
     encoders=()
@@ -165,7 +166,7 @@ study() {
     while IFS=' |' read -r row runs; do
       if [[ " $rows " != *" $row "* ]] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
       while (($(jobs -rp | wc -l) >= jobs)); do wait_for_one; done
-      if [[ $row == Embedding* ]]; then pretrain_row ALL 0; fi
+      if [[ $row == Embedding* && -z $encoder ]]; then pretrain_row ALL 0; fi
       if [ "$row" != scratch ]; then select_row "${row%%-steps*}" "$seed"; fi
       study_run "$row" "$seed" < /dev/null > "$out/done/log-$row-$seed.txt" 2>&1 &
     done <<< "${study_rows#?}"
@@ -222,7 +223,7 @@ pretrain_row() {
   flags=$(flags_of "$name" "$2" 3)
   case $1 in
     *-steps) flags="$flags --steps $(steps_of_all 1)" ;;
-    *-steps-x*) flags="$flags --steps $(steps_of_all "${1##*-steps-x}")" ;;
+    *-steps-x*) flags="$flags --steps $(steps_of_all "${1##*-x}")" ;;
     *) if [ "$mode" = study ]; then flags="$flags --steps $study_steps"; fi ;;
   esac
   once "pretrain-$1-$2" "$python" pretrain.py "$(selection_of "$name" "$2")" "$out/runs/$1-seed-$2" \
@@ -297,23 +298,22 @@ parse() {
     case $1 in
       --help | -h) usage; exit ;;
       --test | --install) mode=${1#--}; shift; continue ;;
-      --data | --study | --out | --seeds | --jobs | --steps | --rows | --embedding | --reduce | --pretrain | --evaluate)
-        [ $# -gt 1 ] || stop "$1 needs a value" ;;
-      *) stop "$1 is not an option" ;;
     esac
     case $1 in
-      --data) mode=real data=$2 ;;
-      --study) mode=study data=$2 ;;
-      --out) out=$2 ;;
-      --seeds) seeds=$2 ;;
-      --jobs) jobs=$2 ;;
-      --steps) study_steps=$2 ;;
-      --rows) rows=$2 ;;
-      --embedding) encoder=$2 ;;
-      --reduce) reduce_flags=$2 ;;
-      --pretrain) pretrain_flags=$2 ;;
-      --evaluate) evaluate_flags=$2 ;;
+      --data) mode=real data=${2-} ;;
+      --study) mode=study data=${2-} ;;
+      --out) out=${2-} ;;
+      --seeds) seeds=${2-} ;;
+      --jobs) jobs=${2-} ;;
+      --steps) study_steps=${2-} ;;
+      --rows) rows=${2-} ;;
+      --embedding) encoder=${2-} ;;
+      --reduce) reduce_flags=${2-} ;;
+      --pretrain) pretrain_flags=${2-} ;;
+      --evaluate) evaluate_flags=${2-} ;;
+      *) stop "$1 is not an option" ;;
     esac
+    [ $# -gt 1 ] || stop "$1 needs a value"
     shift 2
   done
   if [ -z "$rows" ]; then
@@ -333,7 +333,7 @@ parse() {
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"
   [[ $study_steps =~ ^[1-9][0-9]*$ ]] || stop "--steps $study_steps: must be a whole number, at least 1"
-  [ "$mode" = study ] || [ "$jobs" = 1 ] || stop "--jobs is for --study"
+  [ "$mode" = study ] || [ "$jobs $study_steps" = '1 750' ] || stop "--jobs and --steps are for --study"
   if [ -n "$data" ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)

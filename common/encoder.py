@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.files import atomic_write, fail
+from common.simclr import ARCHS
 
 # of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code)
 PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
@@ -97,6 +98,17 @@ def read_weights(path):
     fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {under}")
 
 
+def arch_of(path):
+    """Which of ARCHS has the layers of an encoder.pt or an authors' checkpoint."""
+    found = {key for key in read_weights(path) if key.endswith(("weight", "bias"))}
+    for arch in ARCHS:
+        network = torchvision.models.get_model(arch)
+        network.fc = nn.Identity()
+        if found == {key for key, _ in network.named_parameters()}:
+            return arch
+    fail(f"{path}: holds the weights of none of {', '.join(ARCHS)}")
+
+
 def load_tensors(path):
     """torch.load(weights_only=True), which runs no code of the file.
 
@@ -163,10 +175,7 @@ def embed(source, slices, folder):
     path = folder / f"features-{encoder_hash(source)}.npy"
     if path.exists():
         return path
-    arch = "resnet50"
-    if source not in ("imagenet", "scratch"):
-        if "layer1.0.conv3.weight" not in read_weights(source):
-            arch = "resnet18"
+    arch = "resnet50" if source in ("imagenet", "scratch") else arch_of(source)
     network = load_encoder(source, arch, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(slices), network.inplanes)}

@@ -46,19 +46,20 @@ class Augmentation(NamedTuple):
     contrast: torch.Tensor
 
 
-def draw_augmentation(n, rng, jitter=0.4):
-    """The parameters of n random views as one tensor, float32 [8, n], in the order of Augmentation.
+def draw_augmentation(n, rng):
+    """The parameters of n random views as one tensor, [fields of Augmentation, n], float32.
 
     Crop of area 0.08 to 1 and aspect 3/4 to 4/3; flip with p 0.5; blur with p 0.5, sigma 0.1 to 2
-    pixels at 224 (SimCLR); brightness and contrast by a factor of 1 +- jitter, p 0.8 (official
-    code).
+    pixels at 224 (SimCLR); brightness and contrast by a factor of 0.6 to 1.4, p 0.8 (official
+    code). All that is random must be drawn here, from rng, or a run does not go on to the same
+    bytes.
     """
     top, height, left, width = random_crop(n, rng)
     flip = rng.random(n) < 0.5
     sigma = np.where(rng.random(n) < 0.5, rng.uniform(0.1, 2.0, n) / 224, 0)
     jittered = rng.random(n) < 0.8
-    brightness = np.where(jittered, rng.uniform(1 - jitter, 1 + jitter, n), 1)
-    contrast = np.where(jittered, rng.uniform(1 - jitter, 1 + jitter, n), 1)
+    brightness = np.where(jittered, rng.uniform(0.6, 1.4, n), 1)
+    contrast = np.where(jittered, rng.uniform(0.6, 1.4, n), 1)
     drawn = Augmentation(top, height, left, width, flip, sigma, brightness, contrast)
     return torch.from_numpy(np.stack(drawn).astype(np.float32))
 
@@ -77,7 +78,7 @@ def random_crop(n, rng):
 def augment(slices, parameters, size):
     """Two views of each slice, first views first: uint8 [b, H, W] -> [2b, size, size] in 0..1.
 
-    parameters: of draw_augmentation, [8, 2b]. Cropping, resizing with antialiasing, flip and blur
+    parameters: of draw_augmentation, for 2b views. Cropping, resizing with antialiasing, flip and blur
     are linear and separable, so each is a matrix product per axis, on CPU and GPU alike.
     """
     _, height, width = slices.shape

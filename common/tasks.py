@@ -71,8 +71,8 @@ def load_task(name, data, size):
 def list_images(data):
     """Any folder with labels.csv: `file,label`, and optionally `split` and `group`.
 
-    file: below the folder. label: any text. split: train, val or test. group: a patient or paper,
-    whose images stay on one side of every split that is made.
+    file: below the folder. label: any text. split: train, val or test, all three of which must
+    occur. group: a patient or paper, whose images stay on one side of every split that is made.
     """
     listed = []
     for where, row in read_table(data / "labels.csv", ["file", "label"]):
@@ -240,6 +240,8 @@ def checked(task, source):
             f"{2 * MADE_FOLDS}"
         )
     for part, rows in split_of(task).items():
+        if len(rows) == 0:
+            fail(f"{source}: its split has no {part} images: train, val and test are needed")
         count, label = rarest_class(task, rows)
         if count < 2:
             fail(

@@ -140,7 +140,7 @@ def similarities(args, folder):
     out = folder / "volumes"
     run_script("reduce.py", args.volumes, out, "--strategy", "all")
     store = read_store(out)
-    rates = {name: {"ours": [], "a plain loop in 1 process": []} for name in MEASURES}
+    rates = {name: {"ours": [], "a plain loop in 1 process": []} for name in COMPARED}
     for _ in range(args.rounds):
         plain = run_plain("plain-pairs", store.path, PAIRS)
         for name, sides in rates.items():
@@ -148,10 +148,10 @@ def similarities(args, folder):
             sides["a plain loop in 1 process"].append(PAIRS / plain[name]["seconds"])
 
     n, height, width = store.slices.shape
-    for name, measure in MEASURES.items():
+    for name in COMPARED:
         differences = []
         for row, value in zip(rows_of_pairs(n, PAIRS), plain[name]["values"]):
-            [similarity] = measure(store.slices[[row, row + 1]])(0, [1])
+            [similarity] = MEASURES[name](store.slices[[row, row + 1]])(0, [1])
             differences.append(abs(similarity - value))
         compare(f"{name}, {n} slices of {height} x {width}", "pairs/s", rates[name])
         print(f"  largest difference: {max(differences):.1e}\n")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
+from common import encoder
 from common.encoder import load_encoder
 
 
@@ -47,6 +49,14 @@ def test_a_checkpoint_of_each_layout_gives_the_same_features(tmp_path, network, 
     loaded = load_encoder(tmp_path / "weights.pt", "resnet18", 0).eval()
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded(images), network(images))
+
+
+def test_the_architecture_is_told_by_the_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "ARCHS", ["resnet18", "resnet34", "resnet50"])
+    for arch in ("resnet34", "resnet18"):
+        weights = torchvision.models.get_model(arch).state_dict()
+        torch.save(weights, tmp_path / "encoder.pt")
+        assert encoder.arch_of(tmp_path / "encoder.pt") == arch
 
 
 @pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +340,20 @@ def test_a_line_is_never_replaced_by_one_of_another_encoder(data, tmp_path, here
     assert "AUC" in here(*command, "--name", "other")
 
 
+def test_a_line_is_never_replaced_by_one_of_other_data(data, tmp_path, here, stopped):
+    """Two folders of one's own images are both the task `images`."""
+    results = tmp_path / "results.csv"
+    other = tmp_path / "other"
+    shutil.copytree(data / "images", other)
+    labels = (other / "labels.csv").read_text()
+    (other / "labels.csv").write_text(labels.replace(",a,", ",x,").replace(",b,", ",a,"))
+    end = [*flags(results, "scratch"), "--seeds", 1]
+    here("evaluate.py", "images", data / "images", *end)
+    before = results.read_bytes()
+    assert "on other images, labels or groups" in stopped("evaluate.py", "images", other, *end)
+    assert results.read_bytes() == before
+
+
 def test_two_evaluations_share_a_results_file(data, tmp_path):
     results = tmp_path / "results.csv"
     commands = [
@@ -388,6 +403,7 @@ def test_what_is_not_finite_gets_one_line(data, encoders, tmp_path, stopped):
         (["--protocol", "linear", "--precision", "bfloat16"], "--precision is for"),
         (["--label-share", 0.1], "are for --protocol linear"),
         (["--draws", 0], "--draws must be at least 1"),
+        (["--lr", 0], "--lr must be above 0"),
         (["--name", "a/b"], "letters, digits"),
     ],
 )

@@ -111,7 +111,7 @@ def test_edited_code_is_never_mistaken_for_the_old(store, run, tmp_path):
     source = (package / "common" / "simclr.py").read_text()
     (package / "common" / "simclr.py").write_text(source + "\n# a comment\n")
     assert "nothing to do" in run(*command).stdout
-    edited = source.replace("strength=0.4", "strength=0.9").replace("jitter=0.4", "jitter=0.9")
+    edited = source.replace("uniform(0.6, 1.4, n)", "uniform(0.1, 1.9, n)")
     assert edited != source
     (package / "common" / "simclr.py").write_text(edited)
     refusal = "was made by another version of common/simclr.py: give another RUN, or delete"
@@ -148,6 +148,8 @@ def test_the_log_tells_the_dose(store, here, tmp_path):
         (["--mask-negatives", 65], "must be 0 to 64 bits"),
         (["--neighbours", 0], "--neighbours 0: must be at least 1"),
         (["--seed", -1], "--seed -1: must be"),
+        (["--lr", -1], "--lr and --temperature must be above 0"),
+        (["--temperature", 0], "--lr and --temperature must be above 0"),
         (["--warmup", 2], "--warmup 2.0: must be a share"),
         (["--batch-size", 1], "a batch needs at least 2 slices"),
         (["--batch-size", 8, "--loss-groups", 5], "for each of the 5 --loss-groups"),

@@ -253,6 +253,10 @@ def test_compare_prints_what_selections_share(made, selected, here, stopped, tmp
     [
         (["--strategy", "ssim", "--scope", "dataset"], "--scope dataset is for"),
         (["--strategy", "embedding"], "--encoder belong together"),
+        (["--strategy", "ssim", "--threshold", "nan"], "a similarity is between -1 and 1"),
+        (["--strategy", "mi", "--threshold", 5], "a similarity is between -1 and 1"),
+        (["--strategy", "random", "--seed", -1], "--seed -1: must be at least 0"),
+        (["--strategy", "hash", "--workers", 0], "--workers 0: must be at least 1"),
         (["--strategy", "embedding", "--encoder", "nowhere.pt"], "no such file"),
         (["--strategy", "embedding", "--encoder", "imagenet"], "cannot be downloaded"),
         (["--strategy", "hash", "--threshold", 2.5], "whole number"),

@@ -89,6 +89,8 @@ def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
         (["--reduce", "--size 0"], "--size 0 is not a number of pixels"),
         (["--data", "nowhere"], "nowhere/ct: no such folder"),
         (["--nothing"], "--nothing is not an option"),
+        (["--out"], "--out needs a value"),
+        (["--steps", "5"], "--jobs and --steps are for --study"),
     ],
 )
 def test_wrong_flags_are_refused_before_any_work(tmp_path, run, flags, message):
