@@ -74,9 +74,13 @@ def main():
     folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
     for source in set(args.encoder):  # a wrong file is refused before hours with the others
         load_encoder(source, args.arch, seed=0)
+    encoders = seeds_and_encoders(args)
+    plans = [plan(args, task, seed, source, code) for seed, source in encoders]
+    for row in sum(plans, []):
+        refuse_to_replace(args, row)
     report_task(args, task)
-    for seed, source in seeds_and_encoders(args):
-        rows = [row for row in plan(args, task, seed, source, code) if not is_done(args, row)]
+    for (_, source), planned in zip(encoders, plans):
+        rows = [row for row in planned if not is_done(args, row)]
         if rows and args.protocol == "finetune":
             evaluate_finetuned(args, task, rows[0], source)
         elif rows:
@@ -374,28 +378,40 @@ def refuse_lines_of_other_code(args, code):
             )
 
 
-def is_done(args, row):
-    """Whether results.csv, as it is now, holds the line; it is never another encoder's."""
+def refuse_to_replace(args, row):
+    """Stop with one line if the line would take the place of another encoder's or of other data's.
+
+    Of other settings it may, also of another size, whose images have another digest.
+    """
     for old in read_results(args.results):
-        if same(old, row, KEY) and old["encoder"] != row["encoder"]:
+        if not same(old, row, KEY):
+            continue
+        if old["encoder"] != row["encoder"]:
             fail(
                 f"{args.results}: {line_title(row)} is of another encoder, {old['encoder']}: give "
                 "another --name or --results, or delete that line"
             )
-        if same(old, row, KEY) and data_of(old) != data_of(row):
+        before, now = settings_of(old), settings_of(row)
+        if before["size"] == now["size"] and before["data"] != now["data"]:
             fail(
                 f"{args.results}: {line_title(row)} was evaluated on other images, labels or "
                 f"groups than {args.data} holds: give another --results, or delete that line"
             )
+
+
+def is_done(args, row):
+    """Whether results.csv, as it is now, holds the line."""
+    refuse_to_replace(args, row)
+    for old in read_results(args.results):
         if same(old, row, [*KEY, "settings", "code"]):
             print(f"{line_title(row)}: done before")
             return True
     return False
 
 
-def data_of(row):
-    """Such as data=1a2b3c4d, the digest of the task in a line's settings."""
-    return row["settings"].split()[-1]
+def settings_of(row):
+    """A line's settings, {flag: value}."""
+    return dict(setting.split("=") for setting in row["settings"].split())
 
 
 def report_task(args, task):

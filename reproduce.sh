@@ -12,7 +12,8 @@ bash reproduce.sh --study DIR      the study of results/study/plan.md on real CT
 
 On first use it makes .venv and installs requirements.txt there (Python 3.11 or newer). With PYTHON=/path/to/python set
 it uses that Python as it is, for example one with PyTorch's CPU build, which spares 5 GB of CUDA libraries.
-Stopped and started again, it goes on where it was; a step made by code that was edited since is refused.
+Stopped and started again, it goes on where it was. After an edit of the code it makes again what the edit decides, or
+refuses where that would destroy something: give another --out.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
   --seeds K          pre-training runs a row (default: 1; toy: 2; study: those of study_rows, at most K)
@@ -159,37 +160,41 @@ study() {
   flock -n 9 || stop "$out: another study is at work there"
   trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM
-  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations"
+  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $rows_table $encoder"
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
   for ((seed = 0; seed < seeds; seed++)); do
     while IFS=' |' read -r row runs; do
       if [[ " $rows " != *" $row "* ]] || ((seed >= runs)) || is_evaluated "$row" "$seed"; then continue; fi
       while (($(jobs -rp | wc -l) >= jobs)); do wait_for_one; done
-      if [[ $row == Embedding* && -z $encoder ]]; then pretrain_row ALL 0; fi
+      if [[ $row == Embedding* && -z $encoder ]]; then
+        wait_for_all # ALL may be in training
+        pretrain_row ALL 0
+      fi
       if [ "$row" != scratch ]; then select_row "${row%%-steps*}" "$seed"; fi
       study_run "$row" "$seed" < /dev/null > "$out/done/log-$row-$seed.txt" 2>&1 &
     done <<< "${study_rows#?}"
   done
-  while [ -n "$(jobs -p)" ]; do wait_for_one; done
+  wait_for_all
   "$python" evaluate.py tables "$out/results.csv" > "$out/tables.md"
   "$python" evaluate.py study "$out/results.csv" --figure "$out/figure.svg" > "$out/README.md"
   cat "$out/README.md"
 }
 
+wait_for_all() { while [ -n "$(jobs -p)" ]; do wait_for_one; done; }
 wait_for_one() { wait -n || stop "a run of the study failed: see the newest of $out/done/log-*.txt"; }
 
 # study_run ROW SEED: pre-trains and evaluates; runs.jsonl keeps the settings and the last line of the run's log.
 study_run() {
-  local encoder=scratch run=$out/runs/$1-seed-$2 task flags log=null
+  local weights=scratch run=$out/runs/$1-seed-$2 task flags log=null
   if [ "$1" != scratch ]; then
     pretrain_row "$1" "$2"
-    encoder=$run/encoder.pt
+    weights=$run/encoder.pt
   fi
   while IFS='|' read -r task flags; do
     task=${task// /}
     if [ -z "$task" ]; then continue; fi
-    "$python" evaluate.py "$task" "$data/$task" --encoder "$encoder" --seeds $(($2 + 1)) --name "$1" \
+    "$python" evaluate.py "$task" "$data/$task" --encoder "$weights" --seeds $(($2 + 1)) --name "$1" \
       --results "$out/results.csv" $evaluate_flags $flags
   done <<< "$study_evaluations"
   if [ "$1" != scratch ]; then
@@ -243,7 +248,8 @@ flags_of() {
 is_row() {
   local name=${1%%-steps*}
   local length=${1#"$name"}
-  [ "$1" = scratch ] || { [[ $length =~ ^(-steps(-x[0-9.]+)?)?$ ]] && [ -n "$(line_of "$name")" ]; }
+  if [ "$1" = scratch ]; then return; fi
+  [[ $length =~ ^(-steps(-x[0-9]+(\.[0-9]+)?)?)?$ && ! $length =~ -x[0.]+$ ]] && [ -n "$(line_of "$name")" ]
 }
 
 # line_of ROW: its line of rows_table, where # stands for a whole number; empty for no row.
@@ -338,6 +344,7 @@ parse() {
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
   fi
+  [[ -z $encoder || $encoder = imagenet || -f $encoder ]] || stop "--embedding $encoder: no such file, and not imagenet"
   if [ -f "$encoder" ]; then encoder=$(cd "$(dirname "$encoder")" && pwd)/$(basename "$encoder"); fi
   if [ -n "$out" ]; then mkdir -p "$out" && out=$(cd "$out" && pwd); fi
 }
@@ -365,6 +372,8 @@ prepare_data() {
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 2}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
+    [ "$(cat "$out/toy/code.txt" 2>/dev/null)" = "$("$python" -m common.files common/toy.py)" ] ||
+      stop "$out/toy: was made by another version of common/toy.py: give another --out, or delete $out"
     return
   fi
   ct=$data/ct tasks=''

@@ -78,8 +78,8 @@ def random_crop(n, rng):
 def augment(slices, parameters, size):
     """Two views of each slice, first views first: uint8 [b, H, W] -> [2b, size, size] in 0..1.
 
-    parameters: of draw_augmentation, for 2b views. Cropping, resizing with antialiasing, flip and blur
-    are linear and separable, so each is a matrix product per axis, on CPU and GPU alike.
+    parameters: of draw_augmentation, for 2b views. Cropping, resizing with antialiasing, flip and
+    blur are linear and separable, so each is a matrix product per axis, on CPU and GPU alike.
     """
     _, height, width = slices.shape
     view = Augmentation(*parameters)

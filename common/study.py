@@ -123,7 +123,7 @@ def runs(found, name):
 
 
 def difference(found, name, other):
-    """tables.estimate of name - other; None unless both rows have two runs."""
+    """tables.estimate_row of name - other; None unless both rows have two runs."""
     if min(runs(found, name), runs(found, other)) < 2:
         return None
     return estimate_row(found, name, other)

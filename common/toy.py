@@ -17,6 +17,8 @@ import numpy as np
 import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from common.files import one_digest
+
 AIR, FAT, MUSCLE, BONE = -1000, -95, 50, 500  # HU
 PADDING = -2000  # stored value outside the field of view
 LONG = 2000  # half axis along z of what goes on from slice to slice
@@ -69,6 +71,7 @@ def main():
     shutil.rmtree(partial, ignore_errors=True)
     write_cohort(partial / "ct", args.patients, seed=args.seed)
     write_tasks(partial, seed=args.seed)
+    (partial / "code.txt").write_text(one_digest("common/toy.py") + "\n")
     os.rename(partial, args.folder)
 
 
@@ -157,10 +160,11 @@ def lesion_slice(patient, side, rng):
 
 
 def organ_crop(patient, side, rng):
-    """A crop in HU near the middle of an organ, and the organ's index in CLASSES."""
+    """A crop in HU around a point of an organ, and the organ's index in CLASSES."""
     label = rng.integers(len(CLASSES))
     middle, half = np.reshape((LUNGS | ORGANS)[CLASSES[label]][:6], (2, 3))
-    x, y, z = middle + rng.uniform(-0.75, 0.75, 3) * half
+    x, y, z = middle + rng.uniform(-0.5, 0.5, 3) * half
+    x, y = (x, y) * patient["scale"]
     side = side * rng.uniform(75, 140)
     return render(patient, z, x + side, y + side), label
 

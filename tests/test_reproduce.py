@@ -11,6 +11,7 @@ from conftest import write_covid_ct
 from PIL import Image
 
 from common import toy
+from common.files import one_digest
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = "--arch resnet18 --size 32 --batch-size 16 --steps 2 --optimizer adamw"
@@ -82,6 +83,8 @@ def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
     [
         (["--rows", "ALL Hash-9 Hash-x"], "--rows: Hash-x is not a row"),
         (["--rows", "ALL-steps-y2"], "--rows: ALL-steps-y2 is not a row"),
+        (["--rows", "ALL-steps-x0"], "--rows: ALL-steps-x0 is not a row"),
+        (["--embedding", "nowhere.pt"], "--embedding nowhere.pt: no such file"),
         (["--seeds", "0"], "--seeds 0: must be a whole number"),
         (["--pretrain", "--epoch-size=100"], "pretrain.py: error"),
         (["--evaluate", "--protocol nothing"], "evaluate.py: error"),
@@ -95,6 +98,7 @@ def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
 )
 def test_wrong_flags_are_refused_before_any_work(tmp_path, run, flags, message):
     (tmp_path / "out" / "toy").mkdir(parents=True)
+    (tmp_path / "out" / "toy" / "code.txt").write_text(one_digest("common/toy.py") + "\n")
     done = run("reproduce.sh", "--out", tmp_path / "out", *flags, program="bash", ok=False)
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "slices").exists()
