@@ -197,6 +197,8 @@ study_run() {
     "$python" evaluate.py "$task" "$data/$task" --encoder "$weights" --seeds $(($2 + 1)) --name "$1" \
       --results "$out/results.csv" $evaluate_flags $flags
   done <<< "$study_evaluations"
+  # for results-draws.jsonl: the study may go on where the test scores are not
+  "$python" evaluate.py tables "$out/results.csv" > /dev/null
   if [ "$1" != scratch ]; then
     log=$("$python" -c 'import json, sys; first, *_, last = map(json.loads, sys.stdin); print(json.dumps({"settings": first["settings"], "last": last}))' < "$run/log.jsonl")
   fi

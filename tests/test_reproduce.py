@@ -73,6 +73,7 @@ def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
     [record] = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
     assert record["row"] == "ALL-steps-x3" and record["log"]["settings"]["steps"] == 3
     shutil.rmtree(out / "runs")  # as on another machine
+    shutil.rmtree(out / "results-scores")
     assert run(*command, 1, program="bash").stdout.endswith((out / "README.md").read_text())
     assert not (out / "runs").exists()
     assert "by other code or other flags" in run(*command, 2, program="bash", ok=False).stderr
