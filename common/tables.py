@@ -202,8 +202,10 @@ def bootstraps(results, task, lines):
         return None
     for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
         known[line_digest(line)] = make_record(results, line)
-    with locked(path), atomic_write(path, text=True) as file:
-        file.writelines(json.dumps(record) + "\n" for record in known.values())
+    with locked(path):  # another table may have added to it meanwhile
+        known = {record["line"]: record for record in read_records(path)} | known
+        with atomic_write(path, text=True) as file:
+            file.writelines(json.dumps(record) + "\n" for record in known.values())
     return known
 
 
