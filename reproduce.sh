@@ -68,6 +68,7 @@ ALL-masked        | --strategy all                                      | --mask
 Clusters-#        | --strategy hash --threshold #                       | --sample clusters
 ALL-c#            | --strategy all                                      | --neighbours #
 ALL-c#-masked     | --strategy all                                      | --neighbours # --mask-negatives 6
+ALL-c#-masked-volume | --strategy all                                   | --neighbours # --mask-negatives 64
 ALL-c#-random     | --strategy all                                      | --neighbours # --mask-negatives 6 --mask-random
 ALL-double        | --strategy all                                      | --batch-size 256 --loss-groups 2
 ALL-c#-double     | --strategy all                                      | --neighbours # --batch-size 256 --loss-groups 2'
@@ -82,6 +83,7 @@ ALL-masked                 | 8
 Clusters-6                 | 8
 ALL-c32                    | 6
 ALL-c32-masked             | 6
+ALL-c32-masked-volume      | 6
 ALL-c32-random             | 6
 ALL-c8                     | 6
 ALL-c8-masked              | 6
@@ -160,7 +162,7 @@ study() {
   flock -n 9 || stop "$out: another study is at work there"
   trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM
-  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $rows_table $encoder"
+  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $encoder"
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
   for ((seed = 0; seed < seeds; seed++)); do
@@ -176,7 +178,10 @@ study() {
     done <<< "${study_rows#?}"
   done
   wait_for_all
-  "$python" evaluate.py tables "$out/results.csv" > "$out/tables.md"
+  {
+    printf 'All numbers, with a p for each row. The planned analysis, with three p, is README.md.\n\n'
+    "$python" evaluate.py tables "$out/results.csv"
+  } > "$out/tables.md"
   "$python" evaluate.py study "$out/results.csv" --figure "$out/figure.svg" > "$out/README.md"
   cat "$out/README.md"
 }
@@ -202,18 +207,19 @@ study_run() {
   if [ "$1" != scratch ]; then
     log=$("$python" -c 'import json, sys; first, *_, last = map(json.loads, sys.stdin); print(json.dumps({"settings": first["settings"], "last": last}))' < "$run/log.jsonl")
   fi
-  printf '{"row": "%s", "seed": %s, "made_by": "%s", "log": %s}\n' "$1" "$2" "$(study_digest)" "$log" >> "$out/runs.jsonl"
+  printf '{"row": "%s", "seed": %s, "made_by": "%s", "log": %s}\n' "$1" "$2" "$(study_digest "$1")" "$log" >> "$out/runs.jsonl"
 }
 
 # is_evaluated ROW SEED: whether runs.jsonl says so; stops at one that other code or other flags have made.
 is_evaluated() {
   local found
   found=$(grep -F "{\"row\": \"$1\", \"seed\": $2," "$out/runs.jsonl" 2>/dev/null | tail -n 1) || return 1
-  [[ $found == *"\"made_by\": \"$(study_digest)\""* ]] ||
+  [[ $found == *"\"made_by\": \"$(study_digest "$1")\""* ]] ||
     stop "$out/runs.jsonl: $1 seed $2 was made by other code or other flags: give another --out"
 }
 
-study_digest() { cksum <<< "$made_by" | tr ' ' '-'; }
+# study_digest ROW: of all that made the row's runs.
+study_digest() { cksum <<< "$made_by $(line_of "${1%%-steps*}")" | tr ' ' '-'; }
 
 # select_row ROW SEED: writes the row's selection, unless it is there.
 select_row() {

@@ -106,7 +106,7 @@ def study_figure(results, path, task, variant):
     Left: a curve for each row of CURVES and its other lengths (ALL, ALL-steps-x3). Right: ALL and
     its runs of neighbours (ALL-c8), plain and with masked negatives (ALL-c8-masked); a masked row
     stands at the dose that its plain one met. Bands: 95 % t interval over runs, without the images,
-    which are the same for all; a hollow dot has one run and so no band.
+    which are the same for all; a hollow dot has one run, so that no band reaches it.
     """
     rows = variants(read_results(results)).get(variant, [])
     if task not in unique(rows, "task"):
@@ -126,15 +126,17 @@ def study_figure(results, path, task, variant):
         fail(f"{results}: holds no rows of {', '.join(CURVES)} to draw")
     y_axis = axis_of([one["interval"] for one in shown + [scratch] if one], 330, 44)
     doses = "near-duplicate negatives a slice meets"
-    caption = (
+    captions = [
         "Bands: 95 % interval over pre-training runs (hollow: one run). "
-        "Dashed: untrained weights (scratch)."
-    )
+        "Dashed: untrained weights (scratch).",
+        "Right: ALL, batches of 8 and of 32 neighbours (less variety); masked: at the dose left out.",
+    ]
     drawing = [text(12, 24, f"{task}, {variant_title(variant)}: AUC", size=15, weight="bold")]
     draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)
     draw_curves(drawing, by_dose, y_axis, (446, 790), doses, scratch)
-    drawing.append(text(12, 420, caption, colour=GREY))
-    write_svg(path, drawing, 434)
+    for i, caption in enumerate(captions):
+        drawing.append(text(12, 420 + 17 * i, caption, colour=GREY))
+    write_svg(path, drawing, 451)
 
 
 def steps_curve(row, estimates, costs):
@@ -171,13 +173,17 @@ def draw_curves(drawing, curves, y_axis, sides, label, scratch):
             drawing.append(text(labelled, 350, number, anchor="middle", colour=GREY))
     legend = left
     for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, GREEN)):
+        if not curve:
+            continue
         curve = sorted(curve, key=itemgetter(0))
         points = [(x_of[x], pixel(y_axis, one["value"])) for x, one in curve]
         lower = [(x_of[x], pixel(y_axis, one["interval"][0])) for x, one in curve]
         upper = [(x_of[x], pixel(y_axis, one["interval"][1])) for x, one in curve]
-        drawing.append(band(lower + upper[::-1], colour))
-        for before, after in zip(points, points[1:]):
-            drawing.append(line(*before, *after, colour, width=2))
+        for i in range(len(curve) - 1):
+            drawing.append(line(*points[i], *points[i + 1], colour, width=2))
+            if min(curve[i][1]["runs"], curve[i + 1][1]["runs"]) > 1:
+                corners = [lower[i], lower[i + 1], upper[i + 1], upper[i]]
+                drawing.append(band(corners, colour))
         for (x, y), low, high, (_, one) in zip(points, lower, upper, curve):
             drawing.append(line(*low, *high, colour, width=1.5))
             drawing.append(dot(x, y, colour, hollow=one["runs"] == 1))

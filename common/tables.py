@@ -225,25 +225,39 @@ def line_digest(line):
 
 
 def make_record(results, line):
-    """AUC under each bootstrap sample, in units of PRECISION, None where a sample misses a class;
-    what was tested, and its groups."""
+    """What was tested, its groups, AUC under each bootstrap sample and of each part (a draw of
+    labels, a fold); in units of PRECISION, None where a class is missing."""
     *tested, probabilities = read_scores(results, line)
     images, labels, groups = tested
     draws = auc.bootstrap(labels, probabilities, auc.sample_weights(labels, groups))
+    parts = probabilities if probabilities.ndim == 3 else probabilities[None]
+    once = np.ones((len(labels), 1))
+    of_parts = [auc.bootstrap_part(labels, part, once)[0] for part in parts]
+
+    def kept(values):
+        return [None if np.isnan(value) else round(value / PRECISION) for value in values]
+
     return {
         "line": line_digest(line),
         "tested": hashlib.sha256(b"".join(array.tobytes() for array in tested)).hexdigest()[:8],
         "groups": len(np.unique(groups)),
-        "draws": [None if np.isnan(value) else round(value / PRECISION) for value in draws],
+        "draws": kept(draws),
+        "parts": kept(of_parts),
     }
 
 
-def estimate_row(found, *names):
-    """auc.estimate of a row, or of the difference of one row to another, from task_statistics."""
-    rows = [found["aucs"][name] for name in names]
-    places = [list(found["aucs"]).index(name) for name in names]
+def estimate_row(found, name, other=None):
+    """auc.estimate of a row, or of its difference to another row, from task_statistics."""
+    return estimate_sum(found, {name: 1} if other is None else {name: 1, other: -1})
+
+
+def estimate_sum(found, weights):
+    """auc.estimate of a weighted sum of rows, {name: weight}, from task_statistics."""
+    rows = [found["aucs"][name] for name in weights]
+    places = [list(found["aucs"]).index(name) for name in weights]
     covariance = found["covariance"][np.ix_(places, places)]
-    return auc.estimate(rows, covariance, found["between_runs"], found["groups"])
+    between_runs = found["between_runs"]
+    return auc.estimate(rows, list(weights.values()), covariance, between_runs, found["groups"])
 
 
 def cost(rows, name):

@@ -113,26 +113,26 @@ def test_estimate_is_that_of_the_textbook():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.80, 0.01, 5), rng.normal(0.78, 0.01, 8)
     spread = auc.variance_between_runs([a, b])
-    found = auc.estimate([a, b], np.zeros((2, 2)), spread, 100)
+    found = auc.estimate([a, b], [1, -1], np.zeros((2, 2)), spread, 100)
     expected = stats.ttest_ind(a, b)
     assert found["p"] == pytest.approx(expected.pvalue)
     assert found["freedom"] == pytest.approx(11)
     assert found["interval"] == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert found["interval_90"] == pytest.approx(tuple(expected.confidence_interval(0.90)))
     images = np.array([[5.0, 3.0], [3.0, 2.0]]) * 1e-4  # variance of the difference: 1e-4
-    found = auc.estimate([a, b], images, spread, 100)
+    found = auc.estimate([a, b], [1, -1], images, spread, 100)
     run_part = spread[0] * (1 / 5 + 1 / 8)
     assert found["error"] == pytest.approx((run_part + 1e-4) ** 0.5)
     freedom = (run_part + 1e-4) ** 2 / (run_part**2 / 11 + 1e-8 / 99)
     assert found["freedom"] == pytest.approx(freedom)
-    alone = auc.estimate([a], images[:1, :1], spread, 100)
+    alone = auc.estimate([a], [1], images[:1, :1], spread, 100)
     assert alone["value"] == a.mean() and alone["error"] ** 2 == pytest.approx(spread[0] / 5 + 5e-4)
 
 
 def test_one_run_has_no_p():
     a, b = np.array([0.8]), np.array([0.7, 0.72, 0.74])
     images = np.diag([3e-4, 1e-4])
-    found = auc.estimate([a, b], images, auc.variance_between_runs([a, b]), 50)
+    found = auc.estimate([a, b], [1, -1], images, auc.variance_between_runs([a, b]), 50)
     assert found["p"] is None and found["detectable"] is None and found["runs"] == 1
     half = stats.t.ppf(0.975, 49) * 0.02
     assert found["interval"] == pytest.approx((0.08 - half, 0.08 + half))
@@ -141,7 +141,9 @@ def test_one_run_has_no_p():
 
 def test_no_difference_at_all_has_p_1():
     same = np.array([1.0, 1.0])
-    found = auc.estimate([same, same], np.zeros((2, 2)), auc.variance_between_runs([same]), 9)
+    found = auc.estimate(
+        [same, same], [1, -1], np.zeros((2, 2)), auc.variance_between_runs([same]), 9
+    )
     assert found["p"] == 1 and found["interval"] == (0, 0)
 
 
@@ -172,7 +174,7 @@ def comparisons(runs, nulls, effect=0.0, **spread):
         ]
         aucs = [row[:, 0] for row in draws]
         covariance = auc.image_covariance([row[:, 1:] for row in draws])
-        found.append(auc.estimate(aucs, covariance, auc.variance_between_runs(aucs), 50))
+        found.append(auc.estimate(aucs, [1, -1], covariance, auc.variance_between_runs(aucs), 50))
     return found
 
 

@@ -69,7 +69,7 @@ def test_a_study_is_resumed_and_stops_at_other_flags(tmp_path, run):
     command += ["--pretrain", "--arch resnet18 --size 32 --batch-size 16 --optimizer adamw"]
     command += ["--evaluate", "--protocol linear --arch resnet18 --size 32", "--steps"]
     text = run(*command, 1, program="bash").stdout
-    assert "1 of 145 planned runs" in text and text.endswith((out / "README.md").read_text())
+    assert "1 of 151 planned runs" in text and text.endswith((out / "README.md").read_text())
     [record] = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
     assert record["row"] == "ALL-steps-x3" and record["log"]["settings"]["steps"] == 3
     shutil.rmtree(out / "runs")  # as on another machine

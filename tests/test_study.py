@@ -2,14 +2,16 @@
 
 import csv
 import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from common.results import COLUMNS
-from common.study import OUTCOMES, PLANNED, PRIMARY, SPLIT, study
+from common.results import COLUMNS, read_scores, write_line
+from common.study import EQUIVALENCE, OUTCOMES, PLANNED, PRIMARY, SECONDARY, SPLIT, study
 
 MEANS = {"scratch": 0.86, "ALL-c32": 0.88, "ALL-c32-masked": 0.885, "Random-matched": 0.9}
 HYPOTHESES = [("Hash-6", "ALL"), ("Hash-6", "Random-matched"), ("ALL-c32-masked", "ALL-c32")]
@@ -88,10 +90,8 @@ def p_shown(p):
 def test_primary_differences_and_holm_are_plain_arithmetic(tmp_path):
     aucs = made_up(spread=0.006)
     text = study(write(tmp_path / "results.csv", aucs))
-    assert text.startswith("145 of 145 planned runs.") and "10 draws of labels at hand" in text
-    assert text.index("organ 1 %, organ 100 %, covid-ct, head-ct: no test scores") < text.index(
-        "| H1"
-    )
+    assert text.startswith("151 of 151 planned runs.\n") and "10 draws of labels at hand" in text
+    assert text.index(f"{', '.join(OUTCOMES)}: no test scores") < text.index("| H1")
     found = table(text, "Primary")
     p = [plain(aucs, *pair)[3] for pair in HYPOTHESES]
     corrected = dict.fromkeys(range(3), 0.0)
@@ -100,36 +100,118 @@ def test_primary_differences_and_holm_are_plain_arithmetic(tmp_path):
         largest = corrected[i] = max(largest, min(1, factor * p[i]))
     assert len(set(corrected.values())) == 3
     for i, (name, other) in enumerate(HYPOTHESES):
+        welch = stats.ttest_ind(aucs[name], aucs[other], equal_var=False).pvalue
+        freedom = sum(len(runs) - 1 for runs in aucs.values())
+        half = plain(aucs, name, other)[1]
+        detectable = half * (1 + stats.t.ppf(0.8, freedom) / stats.t.ppf(0.975, freedom))
         assert found[f"H{i + 1}"] == [
             f"{name} - {other}",
             f"{len(aucs[name])}, {len(aucs[other])}",
             shown(aucs, name, other),
             p_shown(p[i]),
             p_shown(corrected[i]),
+            p_shown(welch),
+            f"{detectable:.4f}",
+            "-",  # no scores
         ]
-    predicted = found["H3's gain, as the paper explains it"]
-    assert predicted == ["ALL - ALL-c32", "12, 6", shown(aucs, "ALL", "ALL-c32"), "-", "-"]
+    predicted = found["H3's gain at most, as the paper explains it"]
+    assert predicted == ["ALL - ALL-c32", "12, 6", shown(aucs, "ALL", "ALL-c32"), *["-"] * 5]
     assert not re.search("p[=<]", text.replace(part(text, "Primary"), ""))  # no other p
+
+
+def plain_equivalence(aucs, row):
+    """The rule with the third taken as known, and the two t tests that count its error as well."""
+    value, _, half_90, _ = plain(aucs, row, "ALL")
+    margin = (aucs["ALL"].mean() - aucs["scratch"].mean()) / 3
+    freedom = sum(len(runs) - 1 for runs in aucs.values())
+    pooled = sum(((runs - runs.mean()) ** 2).sum() for runs in aucs.values()) / freedom
+    claimed = abs(value) + half_90 < margin
+    for sign in (1, -1):  # sign * (row - ALL) + (ALL - scratch) / 3 > 0
+        parts = {row: sign, "ALL": 1 / 3 - sign, "scratch": -1 / 3}
+        mean = sum(weight * aucs[name].mean() for name, weight in parts.items())
+        error = (pooled * sum(w**2 / len(aucs[name]) for name, w in parts.items())) ** 0.5
+        claimed = claimed and mean / error > stats.t.ppf(0.95, freedom)
+    return claimed, margin, value, half_90
 
 
 @pytest.mark.parametrize(
     "means, claimed",
     [
         ({}, True),
+        ({"Hash_6": 0.918}, True),  # different, and equivalent all the same
         ({"Hash_6": 0.935}, False),  # better by more than the margin is not equivalent
         ({"Hash_6": 0.885}, False),
-        ({"scratch": 0.96}, False),  # pre-training gains nothing
+        ({"Hash_6": 0.9233}, False),  # within the margin, but not with the margin's error
     ],
 )
 def test_equivalence_is_claimed_within_a_third_of_the_gain(tmp_path, means, claimed):
     aucs = made_up(**means)
-    text = part(study(write(tmp_path / "results.csv", aucs)), "Equivalence")
-    value, _, half_90, _ = plain(aucs, "Hash-6", "ALL")
-    margin = (aucs["ALL"].mean() - aucs["scratch"].mean()) / 3
-    assert claimed == (abs(value) + half_90 < margin)
+    whole = study(write(tmp_path / "results.csv", aucs))
+    text = part(whole, "Equivalence")
+    expected, margin, value, half_90 = plain_equivalence(aucs, "Hash-6")
+    assert claimed == expected
+    assert (abs(value) + half_90 < margin) == (means.get("Hash_6") not in (0.935, 0.885))
     assert ("**claimed**" in text, "**not claimed**" in text) == (claimed, not claimed)
     assert f"[{value - half_90:+.4f}, {value + half_90:+.4f}]" in text
     assert f"±{margin:.4f}, a third of ALL - scratch = {shown(aucs, 'ALL', 'scratch')}" in text
+    assert ("they differ, but by less" in text) == (means.get("Hash_6") == 0.918)
+    found = table(whole, "Equivalence")
+    assert list(found)[2:] == EQUIVALENCE
+    for row in EQUIVALENCE:
+        claimed, _, value, half_90 = plain_equivalence(aucs, row)
+        assert found[row][1] == f"[{value - half_90:+.4f}, {value + half_90:+.4f}]"
+        assert found[row][2] == f"up to {(abs(value) + half_90) / margin / 3:.0%}"
+        assert found[row][3] == ("yes" if claimed else "no")
+    assert found["ALL-c32"][3] == "no"
+
+
+def test_without_a_gain_nothing_is_equivalent(tmp_path):
+    text = study(write(tmp_path / "results.csv", made_up(scratch=0.96)))
+    assert "**not claimed**: pre-training may gain nothing here" in text
+    assert table(text, "Equivalence")["Hash-6"][1:] == ["-"] * 3
+
+
+def test_secondary_differences_and_differences_of_differences(tmp_path):
+    aucs = made_up()
+    text = part(study(write(tmp_path / "results.csv", aucs)), "Secondary")
+    lines = [line.strip("| ").split(" | ")[1:] for line in text.splitlines() if "|" in line][2:]
+    of_all = [names for question in SECONDARY.values() for names in question]
+    assert len(lines) == len(of_all)
+    for line, names in zip(lines, of_all):
+        if len(names) == 2:
+            runs = ", ".join(str(len(aucs[name])) for name in names)
+            assert line == [" - ".join(names), runs, shown(aucs, *names)]
+    [line] = [line for line in lines if line[0].startswith("(")]
+    assert line[0] == "(ALL-double - ALL-c32-double) - (ALL - ALL-c32)"
+    a, b, c, d = (aucs[name] for name in ("ALL-double", "ALL-c32-double", "ALL", "ALL-c32"))
+    value = a.mean() - b.mean() - (c.mean() - d.mean())
+    _, half, *_ = plain(aucs, "ALL", "ALL-c32")
+    half *= ((1 / 6 + 1 / 6 + 1 / 12 + 1 / 6) / (1 / 12 + 1 / 6)) ** 0.5
+    assert line[2] == f"{value:+.4f} [{value - half:+.4f}, {value + half:+.4f}]"
+
+
+def test_the_error_of_the_label_draws_is_that_of_differences_by_draw(tmp_path):
+    """It is printed from results-draws.jsonl too, where the scores are gone."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    by_draw = {}
+    for name in ("ALL", "Hash-6"):
+        for seed in range(2):
+            line = dict.fromkeys(COLUMNS, "1") | {"task": "organ", "name": name, "seed": seed}
+            line |= {"encoder": f"{name}-{seed}", "label_share": "0.01", "folds": ""}
+            line |= {"protocol": "linear", "auc": "0.8"}
+            p = rng.random((10, 60, 2)).astype(np.float32)
+            write_line(tmp_path / "results.csv", line, np.arange(60), labels, np.arange(60), p)
+            read = read_scores(tmp_path / "results.csv", line)[3]
+            aucs = [roc_auc_score(labels, part[:, 1]) for part in read]
+            by_draw.setdefault(name, []).append(aucs)
+    differences = np.mean(by_draw["Hash-6"], axis=0) - np.mean(by_draw["ALL"], axis=0)
+    error = np.std(differences, ddof=1) / 10**0.5
+    text = study(tmp_path / "results.csv")
+    assert float(table(text, "Primary")["H1"][-1]) == pytest.approx(error, abs=1e-4)
+    assert table(text, "Primary")["H2"][-1] == "-"
+    shutil.rmtree(tmp_path / "results-scores")
+    assert study(tmp_path / "results.csv") == text
 
 
 def test_the_split_adds_up(tmp_path):
@@ -147,13 +229,13 @@ def test_all_rows_and_what_they_cost(tmp_path):
     extra = {"Another": np.array([0.9, 0.92]), "EveryN": np.linspace(0.9, 0.92, 5)}
     aucs = made_up() | extra
     text = study(write(tmp_path / "results.csv", aucs))
-    assert text.startswith("145 of 145")  # runs that were not planned do not count
+    assert text.startswith("151 of 151")  # runs that were not planned do not count
     found = table(text, "All rows")
     assert list(found) == ["row", "---", *PLANNED, "Another"]
     assert found["scratch"][:3] == ["-", "-", "12 of 12"] and found["ALL"][-1] == "-"
     assert found["Hash-6"][:3] == ["857", "0.40", "8 of 8"]
     assert found["Another"][2] == "2, not planned" and found["EveryN"][2] == "5 of 3"
-    for i in range(4):
+    for i in range(6):
         mean, sd = aucs["Hash-6"].mean() - i / 100, aucs["Hash-6"].std(ddof=1)
         assert found["Hash-6"][3 + i].startswith(f"{mean:.3f} ± {sd:.3f} [")
     assert found["Hash-6"][-1] == shown(aucs, "Hash-6", "ALL")
@@ -185,25 +267,25 @@ def test_a_study_cut_short(tmp_path):
     for name in PLANNED:
         rest = {row: aucs[row] for row in aucs if row != name}
         text = study(write(tmp_path / "results.csv", rest))
-        assert text.startswith(f"{145 - PLANNED[name]} of 145 planned runs.")
+        assert text.startswith(f"{151 - PLANNED[name]} of 151 planned runs. **Interim**")
         cells = table(text, "All rows")[name]
-        assert cells == ["-", "-", f"0 of {PLANNED[name]}", *["-"] * 4, cells[-1]]
+        assert cells == ["-", "-", f"0 of {PLANNED[name]}", *["-"] * 6, cells[-1]]
         assert cells[-1] == ("-" if name == "ALL" else "needs more runs")
     short = aucs | {"ALL-c32": aucs["ALL-c32"][:1], "Random-matched": aucs["Random-matched"][:1]}
     text = study(write(tmp_path / "results.csv", short))
     found = table(text, "Primary")
-    assert found["H3"][1:] == ["6, 1", "needs more runs", "-", "-"]
-    assert found["H2"][1:] == ["8, 1", "needs more runs", "-", "-"]
+    assert found["H3"][1:] == ["6, 1", "needs more runs", *["-"] * 5]
+    assert found["H2"][1:] == ["8, 1", "needs more runs", *["-"] * 5]
     p = plain(short, "Hash-6", "ALL")[3]
-    assert found["H1"][3:] == [p_shown(p), p_shown(min(1, 3 * p))]
+    assert found["H1"][3:5] == [p_shown(p), p_shown(min(1, 3 * p))]
     assert table(full, "Primary")["H1"][4] != found["H1"][4]
 
     first_runs = {name: aucs[name][:1] for name in aucs}
     text = study(write(tmp_path / "results.csv", first_runs, outcomes=[PRIMARY]))
-    assert text.startswith("26 of 145") and "Needs more runs of Hash-6, ALL or scratch." in text
+    assert text.startswith("27 of 151") and "Needs more runs of Hash-6, ALL or scratch." in text
     found = table(text, "All rows")
     for name in set(PLANNED) - {"ALL"}:
-        assert found[name][4:] == ["-", "-", "-", "needs more runs"]
+        assert found[name][4:] == [*["-"] * 5, "needs more runs"]
 
 
 def test_the_plan_is_that_of_reproduce_sh():
