@@ -168,7 +168,7 @@ def test_equivalence_is_claimed_within_a_third_of_the_gain(tmp_path, means, clai
 def test_without_a_gain_nothing_is_equivalent(tmp_path):
     text = study(write(tmp_path / "results.csv", made_up(scratch=0.96)))
     assert "**not claimed**: pre-training may gain nothing here" in text
-    assert table(text, "Equivalence")["Hash-6"][1:] == ["-"] * 3
+    assert not table(text, "Equivalence")
 
 
 def test_secondary_differences_and_differences_of_differences(tmp_path):
