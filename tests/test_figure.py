@@ -107,6 +107,7 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
         "ALL-masked": (750, 0.0),
         "ALL-c32": (750, 13),
         "ALL-c32-masked": (750, 0.0),
+        "ALL-c32-masked-volume": (750, 0.0),
         "ALL-c32-steps-x3": (2250, 13),  # another length of a row that has no curve
         "Random-matched": (750, 0.4),
     }
@@ -129,13 +130,15 @@ def test_study_figure_shows_steps_and_doses(tmp_path):
     study_figure(results, tmp_path / "study.svg", "organ", LINEAR)
     root, texts, dots = read_svg(tmp_path / "study.svg")
     points = [dot for dot in dots if dot[1] < 345]  # those below are the legend
-    assert len(points) == (2 + 2 + 1) + (2 + 2)
+    assert len(points) == (2 + 2 + 1) + (2 + 2 + 1)
     assert [fill for _, _, fill in points].count("white") == 1  # one run
+    bands = list(root.iter(SVG + "polygon"))
+    assert len(bands) == 4  # ALL and Hash-6 by steps, plain and masked by dose: 2 points each
     left = {number for number, x, y in numbers(texts) if y == 350 and x < 420}
     right = {number: x for number, x, y in numbers(texts) if y == 350 and x > 420}
     assert left == {106, 375, 750} and set(right) == {0.4, 13}
     # masked rows stand at the dose that their plain ones met
-    assert sorted(round(x) for x, _, _ in points if x > 420) == [466, 466, 770, 770]
+    assert sorted(round(x) for x, _, _ in points if x > 420) == [466, 466, 770, 770, 770]
     heights = np.array([(y, n) for n, x, y in numbers(texts) if x < 56 and y < 345])
     slope, offset = np.polyfit(heights[:, 0] - 4, heights[:, 1], 1)
     found = task_statistics(results, read_results(results), "organ")
