@@ -157,6 +157,9 @@ def study(results):
             "the results do not tell, or fewer where a row's slices do not divide evenly. Minutes: "
             "wall time of pre-training on the study's machines, mean over runs.",
             markdown(length_table(rows, primary)),
+            "Length that reaches the AUC of ALL's planned one: mean AUC by log steps, interpolated "
+            "between the lengths above. Where lengths hardly differ, runs decide it.",
+            markdown(reach_table(rows, primary)),
         ]
     )
 
@@ -334,26 +337,57 @@ def rows_table(rows, found):
     return lines
 
 
-def length_table(rows, found):
-    """Lines of the table of rows with several lengths, by steps, its head first."""
+def lengths_of(rows, found):
+    """{row: its names of different length, by steps}, of the rows that have several; {name: cost}."""
     costs = {name: cost(rows, name) for name in found["aucs"]}
-    lengths = {}
+    names = {}
     for name in costs:
         if costs[name]:
-            lengths.setdefault(row_of(name), []).append(name)
+            names.setdefault(row_of(name), []).append(name)
+    by_steps = {row: sorted(names[row], key=lambda name: costs[name]["steps"]) for row in names}
+    return {row: by_steps[row] for row in by_steps if len(by_steps[row]) > 1}, costs
+
+
+def length_table(rows, found):
+    """Lines of the table of rows with several lengths, its head first."""
+    lengths, costs = lengths_of(rows, found)
     lines = [["row", "steps", "C", "minutes", "runs", PRIMARY]]
-    for row in lengths:
-        if len(lengths[row]) > 1:
-            for name in sorted(lengths[row], key=lambda name: costs[name]["steps"]):
-                length = length_cells(row, costs[name])
-                lines.append([name, *length, runs(found, name), auc_cell(found, name)])
+    for name in sum(lengths.values(), []):
+        steps, seconds = costs[name]["steps"], costs[name]["pretrain_seconds"]
+        length = [f"{steps:.0f}", slices_seen(name, costs[name], steps), f"{seconds / 60:.1f}"]
+        lines.append([name, *length, runs(found, name), auc_cell(found, name)])
     return lines
 
 
-def length_cells(row, known):
-    """Steps, C in thousands and minutes, as text."""
+def slices_seen(name, known, steps):
+    """C in thousands, as text."""
     # an epoch is cut into near-equal batches of at most the batch size
-    batches = math.ceil(known["slices"] / (256 if row.endswith("double") else 128))
-    seen = known["steps"] * known["slices"] / batches
-    minutes = known["pretrain_seconds"] / 60
-    return f"{known['steps']:.0f}", f"{seen / 1000:.1f}", f"{minutes:.1f}"
+    batches = math.ceil(known["slices"] / (256 if row_of(name).endswith("double") else 128))
+    return f"{steps * known['slices'] / batches / 1000:.1f}"
+
+
+def reach_table(rows, found):
+    """Lines of the table of what it takes to reach the AUC of ALL, its head first."""
+    lengths, costs = lengths_of(rows, found)
+    lines = [["row", "steps", "C", "minutes"]]
+    if not runs(found, "ALL"):
+        return lines
+    target = np.mean(found["aucs"]["ALL"])
+    for row, names in lengths.items():
+        aucs = [np.mean(found["aucs"][name]) for name in names]
+        steps = [costs[name]["steps"] for name in names]
+        reached = next((i for i, value in enumerate(aucs) if value >= target), None)
+        if reached is None:
+            lines.append([row, f"more than {steps[-1]:.0f}", "-", "-"])
+            continue
+        needed, sign = steps[reached], ""
+        if reached == 0:
+            sign = "at most "
+        else:
+            ends = slice(reached - 1, reached + 1)
+            needed = math.exp(np.interp(target, aucs[ends], np.log(steps[ends])))
+        known = costs[names[reached]]
+        minutes = known["pretrain_seconds"] / 60 * needed / steps[reached]
+        length = [f"{needed:.0f}", slices_seen(row, known, needed), f"{minutes:.1f}"]
+        lines.append([row, *(sign + number for number in length)])
+    return lines

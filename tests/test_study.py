@@ -63,8 +63,9 @@ def part(text, title):
 
 
 def table(text, title):
-    """{first cell: the other cells} of the table under a heading."""
-    lines = [line.strip("| ").split(" | ") for line in part(text, title).splitlines()]
+    """{first cell: the other cells} of the first table under a heading."""
+    lines = part(text, title).split("\n\nLength that")[0].splitlines()
+    lines = [line.strip("| ").split(" | ") for line in lines]
     return {line[0]: line[1:] for line in lines if len(line) > 2}
 
 
@@ -258,6 +259,26 @@ def test_length_counts_the_slices_that_steps_have_seen(tmp_path):
         assert found[row][:4] == [*expected, str(PLANNED[row])]
         assert found[row][4].startswith(f"{aucs[row].mean():.3f} ")
     assert found["Hash-6"][1] == "85.7"  # 100 epochs of 857
+
+
+def test_what_it_takes_to_reach_all(tmp_path):
+    """AUCs of all runs of a row alike, so that the crossing is known."""
+    means = {"ALL-steps-x0.5": 0.89, "ALL": 0.9, "ALL-steps-x3": 0.91}
+    means |= {"Hash-6-steps-x0.146": 0.88, "Hash-6-steps-x0.5": 0.89, "Hash-6": 0.91}
+    means |= {"Hash-6-steps-x3": 0.92, "Random-matched": 0.89, "Random-matched-steps-x3": 0.895}
+    means |= {"ALL-double": 0.95, "ALL-double-steps-x2": 0.96}
+    aucs = {name: np.full(2, means[name]) for name in means}
+    text = part(study(write(tmp_path / "results.csv", aucs)), "Length").split("Length that")[1]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    # halfway between 350 and 700 steps, on a logarithmic scale; 7 batches an epoch
+    steps = 350 * 2**0.5
+    hash_6 = [f"{steps:.0f}", f"{steps * 857 / 7 / 1000:.1f}", f"{steps * 0.6 / 60:.1f}"]
+    assert lines[2:] == [
+        ["ALL", "700", f"{700 * 6075 / 48 / 1000:.1f}", "7.0"],
+        ["Hash-6", *hash_6],
+        ["Random-matched", "more than 2100", "-", "-"],
+        ["ALL-double", "at most 700", f"at most {700 * 6075 / 24 / 1000:.1f}", "at most 7.0"],
+    ]
 
 
 def test_a_study_cut_short(tmp_path):
