@@ -16,12 +16,12 @@ Stopped and started again, it goes on where it was. After an edit of the code it
 refuses where that would destroy something: give another --out.
 
   --out DIR          results (default: results/toy, or results/<name of the data folder>)
-  --seeds K          pre-training runs a row (default: 1; toy: 2; study: those of study_rows, at most K)
+  --seeds K          pre-training runs a row (default: 1; toy: 2; study: as many as planned, at most K)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
   --rows "A B"       of the rows below
-  --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64)
-  --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1)
-  --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning)
+  --reduce "..."     flags for every reduce.py (default for real data: none; toy: --size 64; study: --size 128)
+  --pretrain "..."   flags for every pretrain.py (default for real data: --epochs 100 --warmup 0.1; study: below)
+  --evaluate "..."   flags for every evaluate.py (default for real data: none, which is the paper's fine-tuning; study: below)
   --jobs N           study: runs at a time, each on its share of the cores (default: 1)
   --steps N          study: optimiser steps of a row without a length in its name (default: 750)
 
@@ -30,6 +30,8 @@ TEXT
   echo "scratch           random weights$rows_table"
   echo "Rows by default: $default_rows"
   echo "On toy data: $toy_rows"
+  echo "Study: --pretrain \"$study_pretrain\" --evaluate \"$study_evaluate\""
+  awk -F' *[|] *' 'NF > 1 { row = row sep $1 " " $2; sep = ", " } END { print "Study, rows and their runs: " row }' <<< "$study_rows"
   cat <<'TEXT'
 Any row but scratch with -steps after its name is trained for as many optimiser steps as ALL, with -steps-x3 for three
 times as many, instead of for as many epochs.
@@ -108,6 +110,8 @@ covid-ct | --folds 5 --repeats 10
 covid-ct |
 head-ct  | --folds 5 --repeats 10'
 study_steps=750
+study_pretrain='--arch resnet18 --size 64 --optimizer adamw --warmup 0.1'
+study_evaluate='--protocol linear --arch resnet18 --size 64'
 study_code='reduce.py pretrain.py evaluate.py common/auc.py common/batches.py common/ct.py common/dicom.py common/encoder.py
   common/hashing.py common/reduction.py common/similarity.py common/simclr.py common/store.py common/tasks.py
   common/volumes.py'
@@ -155,14 +159,15 @@ main() {
 }
 
 # study: seed by seed over all rows, so that a study cut short is balanced. A run that runs.jsonl holds is not made again,
-# even where its encoder is gone; one of other code or other flags stops the study.
+# even where its encoder is gone; one of other code, other flags or other CT stops the study.
 study() {
-  local seed row runs
+  local seed row runs started=()
   exec 9> "$out/.study-lock"
   flock -n 9 || stop "$out: another study is at work there"
   trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM
-  made_by="$("$python" -m common.files $study_code) $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $encoder"
+  "$python" -m common.runs "$out" || stop "see the line above"
+  code_of_study=$("$python" -m common.files $study_code)
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
   for ((seed = 0; seed < seeds; seed++)); do
@@ -175,26 +180,30 @@ study() {
       fi
       if [ "$row" != scratch ]; then select_row "${row%%-steps*}" "$seed"; fi
       study_run "$row" "$seed" < /dev/null > "$out/done/log-$row-$seed.txt" 2>&1 &
+      started+=("$row $seed")
     done <<< "${study_rows#?}"
   done
   wait_for_all
+  for run in "${started[@]}"; do is_evaluated $run || stop "$run was killed: start the study again"; done
   {
     printf 'All numbers, with a p for each row. The planned analysis, with three p, is README.md.\n\n'
     "$python" evaluate.py tables "$out/results.csv"
-  } > "$out/tables.md"
-  "$python" evaluate.py study "$out/results.csv" --figure "$out/figure.svg" > "$out/README.md"
+  } > "$out/tables.md.tmp"
+  mv "$out/tables.md.tmp" "$out/tables.md"
+  "$python" evaluate.py study "$out/results.csv" --figure "$out/figure.svg" > "$out/README.md.tmp"
+  mv "$out/README.md.tmp" "$out/README.md"
   cat "$out/README.md"
 }
 
 wait_for_all() { while [ -n "$(jobs -p)" ]; do wait_for_one; done; }
 wait_for_one() { wait -n || stop "a run of the study failed: see the newest of $out/done/log-*.txt"; }
 
-# study_run ROW SEED: pre-trains and evaluates; runs.jsonl keeps the settings and the last line of the run's log.
+# study_run ROW SEED: pre-trains and evaluates, then adds the run to runs.jsonl.
 study_run() {
-  local weights=scratch run=$out/runs/$1-seed-$2 task flags log=null
+  local weights=scratch task flags
   if [ "$1" != scratch ]; then
     pretrain_row "$1" "$2"
-    weights=$run/encoder.pt
+    weights=$out/runs/$1-seed-$2/encoder.pt
   fi
   while IFS='|' read -r task flags; do
     task=${task// /}
@@ -204,10 +213,8 @@ study_run() {
   done <<< "$study_evaluations"
   # for results-draws.jsonl: the study may go on where the test scores are not
   "$python" evaluate.py tables "$out/results.csv" > /dev/null
-  if [ "$1" != scratch ]; then
-    log=$("$python" -c 'import json, sys; first, *_, last = map(json.loads, sys.stdin); print(json.dumps({"settings": first["settings"], "last": last}))' < "$run/log.jsonl")
-  fi
-  printf '{"row": "%s", "seed": %s, "made_by": "%s", "log": %s}\n' "$1" "$2" "$(study_digest "$1")" "$log" >> "$out/runs.jsonl"
+  [ "$("$python" -m common.files $study_code)" = "$code_of_study" ] || stop "the code was edited while $1 seed $2 was made"
+  "$python" -m common.runs "$out" "$1" "$2" "$(study_digest "$1")"
 }
 
 # is_evaluated ROW SEED: whether runs.jsonl says so; stops at one that other code or other flags have made.
@@ -218,8 +225,14 @@ is_evaluated() {
     stop "$out/runs.jsonl: $1 seed $2 was made by other code or other flags: give another --out"
 }
 
-# study_digest ROW: of all that made the row's runs.
-study_digest() { cksum <<< "$made_by $(line_of "${1%%-steps*}")" | tr ' ' '-'; }
+# study_digest ROW: of all that made the row's runs, but for the CT.
+study_digest() {
+  local embedding=''
+  if [[ $1 = Embedding* ]]; then embedding=$encoder; fi
+  if [ -f "$embedding" ]; then embedding=$(cksum < "$encoder"); fi
+  cksum <<< "$code_of_study $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $embedding $(line_of "${1%%-steps*}")" |
+    tr ' ' '-'
+}
 
 # select_row ROW SEED: writes the row's selection, unless it is there.
 select_row() {
@@ -239,6 +252,7 @@ pretrain_row() {
     *-steps-x*) flags="$flags --steps $(steps_of_all "${1##*-x}")" ;;
     *) if [ "$mode" = study ]; then flags="$flags --steps $study_steps"; fi ;;
   esac
+  [ -f "$out/runs/$1-seed-$2/encoder.pt" ] || rm -f "$out/done/pretrain-$1-$2"
   once "pretrain-$1-$2" "$python" pretrain.py "$(selection_of "$name" "$2")" "$out/runs/$1-seed-$2" \
     --seed "$2" $pretrain_flags $flags
 }
@@ -388,8 +402,8 @@ prepare_data() {
   if [ "$mode" = study ]; then
     seeds=${seeds:-12}
     out=${out:-$PWD/results/study} reduce_flags=${reduce_flags:---size 128}
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 64 --optimizer adamw --warmup 0.1}
-    evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64}
+    pretrain_flags=${pretrain_flags:-$study_pretrain}
+    evaluate_flags=${evaluate_flags:-$study_evaluate}
   fi
   out=${out:-$PWD/results/$(basename "$data")} seeds=${seeds:-1}
   pretrain_flags=${pretrain_flags:---epochs 100 --warmup 0.1}
@@ -426,4 +440,4 @@ stop() {
   exit 1
 }
 
-main "$@"
+{ main "$@"; exit; } # read whole, so that an edit does not reach a run at work

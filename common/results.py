@@ -89,11 +89,15 @@ def write_line(results, row, images, labels, groups, probabilities):
         with atomic_write(scores_file(results, row)) as file:
             arrays = images, labels, groups, probabilities.astype(np.float32)
             np.savez_compressed(file, **dict(zip(SCORES, arrays)))
-        rows = [old for old in read_results(results) if not same(old, row, KEY)] + [row]
-        with atomic_write(results, text=True) as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        others = [old for old in read_results(results) if not same(old, row, KEY)]
+        write_results(results, [*others, row])
+
+
+def write_results(results, rows):
+    with atomic_write(results, text=True) as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def same(old, row, keys):

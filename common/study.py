@@ -125,10 +125,10 @@ def study(results):
     evaluated = {column: found[column] for column in found if found[column]}
     return "\n\n".join(
         [
-            how_many_runs(primary),
+            how_many_runs(found),
             "Intervals [95 %] cover other pre-training runs and other test images. They hold for "
-            "one set of pre-training slices, for one selection Hash-6 of it, and for the 10 draws "
-            "of labels at hand, the same for all rows. They are not corrected for their number: "
+            "one set of pre-training slices, for one selection Hash-6 of it, and for the draws of "
+            "labels at hand, the same for all rows. They are not corrected for their number: "
             "about one of 20 true zeros lies outside of its own.",
             *caveats(OUTCOMES[PRIMARY][1], evaluated),
             f"## Primary: {task_head('organ', primary)}, 1 % of the training labels",
@@ -150,7 +150,7 @@ def study(results):
             markdown([["question", "rows", "runs", "difference"], *secondary(primary)]),
             "## All rows",
             "AUC: mean over runs ± their SD [95 % interval]; covid-ct and head-ct by 5 folds x 10 "
-            "repeats, which add no new images. Last: difference on organ, 1 % of the labels.",
+            "repeats, which add no new images, if not by the official split. Last: difference on organ, 1 % of the labels.",
             markdown(rows_table(rows, found)),
             "## Length",
             "C: slices seen, in thousands. Batches hold 128 slices (rows named double: 256), which "
@@ -173,33 +173,35 @@ def statistics(results, rows, task, variant):
 def label_draws(results, rows):
     """{row: AUC with each draw of labels, mean over runs, [draws]} of the primary outcome.
 
-    Without rows that neither test scores nor a results-draws.jsonl of this code tell of.
+    Empty where test scores are missing, and results-draws.jsonl does not tell of all lines.
     """
     task, variant = OUTCOMES[PRIMARY]
     lines = [line for line in variants(rows)[variant] if line["task"] == task]
-    known = bootstraps(results, task, lines) or {}
+    known = bootstraps(results, task, lines)
+    if known is None or any("parts" not in known[line_digest(line)] for line in lines):
+        return {}  # an older version kept no parts
     found = {}
     for line in lines:
-        record = known.get(line_digest(line), {})
-        if "parts" in record:
-            found.setdefault(line["name"], []).append(record["parts"])
+        found.setdefault(line["name"], []).append(known[line_digest(line)]["parts"])
     return {name: PRECISION * np.mean(found[name], axis=0) for name in found}
 
 
-def how_many_runs(primary):
-    done = sum(min(runs(primary, name), PLANNED[name]) for name in PLANNED)
-    planned = sum(PLANNED.values())
-    text = f"{done} of {planned} planned runs."
-    if done < planned:
+def how_many_runs(found):
+    done = sum(
+        min(planned, *(runs(found[column], name) for column in OUTCOMES))
+        for name, planned in PLANNED.items()
+    )
+    text = f"{done} of {sum(PLANNED.values())} planned runs, with all evaluations."
+    if done < sum(PLANNED.values()):
         text += (
-            " **Interim**: no p counts yet. The study ends when its time does, not when a p is "
-            "small (plan.md)."
+            " **No p counts before the study has ended**, which is when its time does, not when a "
+            "p is small (plan.md)."
         )
     return text
 
 
 def runs(found, name):
-    return len(found["aucs"].get(name, []))
+    return len(found["aucs"].get(name, [])) if found else 0
 
 
 def difference(found, *names):
@@ -257,6 +259,8 @@ def label_error(draws, name, other):
     if not {name, other} <= set(draws):
         return "-"
     differences = draws[name] - draws[other]
+    if len(differences) < 2:
+        return "-"
     return f"{np.std(differences, ddof=1) / len(differences) ** 0.5:.4f}"
 
 
@@ -381,6 +385,8 @@ def reach_table(rows, found):
             lines.append([row, f"more than {steps[-1]:.0f}", "-", "-"])
             continue
         needed, sign = steps[reached], ""
+        if reached == 0 and row == "ALL":
+            continue  # nothing shorter to tell of
         if reached == 0:
             sign = "at most "
         else:

@@ -91,7 +91,10 @@ def p_shown(p):
 def test_primary_differences_and_holm_are_plain_arithmetic(tmp_path):
     aucs = made_up(spread=0.006)
     text = study(write(tmp_path / "results.csv", aucs))
-    assert text.startswith("151 of 151 planned runs.\n") and "10 draws of labels at hand" in text
+    assert (
+        text.startswith("151 of 151 planned runs, with all evaluations.\n")
+        and "draws of labels at" in text
+    )
     assert text.index(f"{', '.join(OUTCOMES)}: no test scores") < text.index("| H1")
     found = table(text, "Primary")
     p = [plain(aucs, *pair)[3] for pair in HYPOTHESES]
@@ -288,7 +291,9 @@ def test_a_study_cut_short(tmp_path):
     for name in PLANNED:
         rest = {row: aucs[row] for row in aucs if row != name}
         text = study(write(tmp_path / "results.csv", rest))
-        assert text.startswith(f"{151 - PLANNED[name]} of 151 planned runs. **Interim**")
+        assert text.startswith(
+            f"{151 - PLANNED[name]} of 151 planned runs, with all evaluations. **No p"
+        )
         cells = table(text, "All rows")[name]
         assert cells == ["-", "-", f"0 of {PLANNED[name]}", *["-"] * 6, cells[-1]]
         assert cells[-1] == ("-" if name == "ALL" else "needs more runs")
@@ -303,7 +308,7 @@ def test_a_study_cut_short(tmp_path):
 
     first_runs = {name: aucs[name][:1] for name in aucs}
     text = study(write(tmp_path / "results.csv", first_runs, outcomes=[PRIMARY]))
-    assert text.startswith("27 of 151") and "Needs more runs of Hash-6, ALL or scratch." in text
+    assert text.startswith("0 of 151") and "Needs more runs of Hash-6, ALL or scratch." in text
     found = table(text, "All rows")
     for name in set(PLANNED) - {"ALL"}:
         assert found[name][4:] == [*["-"] * 5, "needs more runs"]

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from common import tables as tables_module
 from common.auc import bootstrap, sample_weights
 from common.results import COLUMNS, read_results, scores_folder, write_line
 from common.tables import tables, task_statistics
@@ -240,3 +241,18 @@ def test_rows_tested_on_other_images_are_refused(tmp_path):
     write_line(results, line, np.arange(80) + 1, LABELS, GROUPS, np.stack([1 - p, p], 1))
     with pytest.raises(SystemExit, match="Hash-6 seed 2 was not tested on the images of ALL"):
         tables(results)
+
+
+def test_draws_that_another_table_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+    results = tmp_path / "results.csv"
+    make(results, "covid-ct", "linear", rows=["scratch", "ALL"])
+    kept = tmp_path / "results-draws.jsonl"
+    make_record = tables_module.make_record
+
+    def make_another(results, line):
+        kept.write_text('{"line": "of another table"}\n')
+        return make_record(results, line)
+
+    monkeypatch.setattr(tables_module, "make_record", make_another)
+    tables(results)
+    assert len(kept.read_text().splitlines()) == 1 + 6 and "of another table" in kept.read_text()

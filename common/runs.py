@@ -1,0 +1,82 @@
+"""runs.jsonl of a study: a record of each run that is evaluated whole, kept where its encoder is not.
+
+python -m common.runs OUT                    keeps in results.csv and runs.jsonl the whole runs only
+python -m common.runs OUT ROW SEED MADE_BY   adds the record of a run
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from common.files import atomic_write, fail, locked
+from common.results import read_results, write_results
+
+
+def keep_whole_runs(out):
+    """Drop what a killed run or a copy of a study at work left behind, and say so.
+
+    A run is whole if runs.jsonl holds it and results.csv as many lines of it as of any other. Stops
+    at records of other slices than those of the store in out/slices.
+    """
+    results, path = out / "results.csv", out / "runs.jsonl"
+    with locked(results):
+        lines = read_results(results)
+        records = read_records(path)
+        of_runs = Counter(run_of(line) for line in lines)
+        evaluations = max(of_runs.values(), default=0)
+        whole = {run for run in of_runs if of_runs[run] == evaluations and run in records}
+        for row, seed in sorted({*of_runs, *records} - whole):
+            print(f"{row} seed {seed}: not evaluated whole: its lines and record are dropped")
+        store = store_of(out)
+        for run in sorted(whole):
+            if records[run]["store"] != store:
+                fail(f"{path}: {run[0]} seed {run[1]} was trained on other CT: give another --out")
+        if whole < {*of_runs, *records}:
+            write_results(results, [line for line in lines if run_of(line) in whole])
+            with atomic_write(path, text=True) as file:
+                file.writelines(json.dumps(records[run]) + "\n" for run in records if run in whole)
+
+
+def run_of(line):
+    return line["name"], line["seed"]
+
+
+def read_records(path):
+    """{(row, seed as text): record}, without lines that are cut short."""
+    records = {}
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["row"], str(record["seed"])] = record
+    return records
+
+
+def store_of(out):
+    """The checksum of the slices, the same wherever they lie."""
+    return json.loads((out / "slices" / "store.json").read_text())["crc32"]["slices.npy"]
+
+
+def add_record(out, row, seed, made_by):
+    """Add a run, with the settings and the last line of its pre-training's log."""
+    record = {
+        "row": row,
+        "seed": int(seed),
+        "made_by": made_by,
+        "store": store_of(out),
+        "log": None,
+    }
+    if row != "scratch":
+        log = (out / "runs" / f"{row}-seed-{seed}" / "log.jsonl").read_text().splitlines()
+        record["log"] = json.loads(log[0]) | {"last": json.loads(log[-1])}
+        del record["log"]["command"]  # full of paths
+    with locked(out / "runs.jsonl"), open(out / "runs.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    folder, *run = sys.argv[1:]
+    add_record(Path(folder), *run) if run else keep_whole_runs(Path(folder))
