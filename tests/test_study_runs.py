@@ -129,6 +129,7 @@ def test_an_edit_of_a_row_is_refused_for_that_row_alone(study):
     done = study("--seeds", 1, ok=False)
     assert "Random-matched seed 0 was made by other code or other flags" in done.text
     study("--seeds", 1, rows="scratch ALL")
+    assert "made by other code or other flags" in study("--steps", 5, ok=False).text
 
 
 def test_another_encoder_to_embed_with_is_refused_for_its_rows_alone(study, tmp_path):
