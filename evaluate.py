@@ -50,9 +50,7 @@ from common.tasks import (
 )
 
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
-FIXED_C = (
-    1e-2  # where no validation split is used (our choice; with few labels a larger C can give more)
-)
+FIXED_C = 1e-2  # where no validation split is used; few labels may want a larger one
 # Flags that do not decide a line, or have a column of their own, and those of one protocol alone;
 # all others are among a line's settings.
 NO_SETTINGS = ["task", "data", "encoder", "results", "name", "protocol", "seeds", "device"]

@@ -131,8 +131,8 @@ def study_figure(results, path, task, variant):
         "Bands: 95 % interval over pre-training runs (hollow: one run). "
         "Dashed: untrained weights (scratch).",
         "Right: ALL, and batches of 8 and of 32 neighbours, which are less varied.",
-        "Masked: near-duplicates (masked-volume: all of the volume) are no negatives; at the dose that "
-        "plain meets.",
+        "Masked: near-duplicates (masked-volume: all of the volume) are no negatives; "
+        "at the dose that plain meets.",
     ]
     drawing = [text(12, 24, f"{task}, {variant_title(variant)}: AUC", size=15, weight="bold")]
     draw_curves(drawing, by_steps, y_axis, (56, 400), "optimiser steps", scratch)

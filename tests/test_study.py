@@ -10,6 +10,7 @@ from conftest import ROOT
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from common import auc
 from common.results import COLUMNS, read_scores, write_line
 from common.study import EQUIVALENCE, OUTCOMES, PLANNED, PRIMARY, SECONDARY, SPLIT, study
 
@@ -121,6 +122,23 @@ def test_primary_differences_and_holm_are_plain_arithmetic(tmp_path):
     predicted = found["H3's gain at most, as the paper explains it"]
     assert predicted == ["ALL - ALL-c32", "12, 6", shown(aucs, "ALL", "ALL-c32"), *["-"] * 5]
     assert not re.search("p[=<]", text.replace(part(text, "Primary"), ""))  # no other p
+
+
+def test_two_rows_that_vary_more_need_welch():
+    """True nulls: H3's rows vary twice as much as the other rows, whose variance they are given."""
+    rng = np.random.default_rng(0)
+    pooled, own = [], []
+    for _ in range(1000):
+        sd = dict.fromkeys(PLANNED, 1) | {"ALL-c32": 2, "ALL-c32-masked": 2}
+        rows = {name: sd[name] * rng.standard_normal(PLANNED[name]) for name in PLANNED}
+        pair = rows["ALL-c32-masked"], rows["ALL-c32"]
+        for found, between in (
+            (pooled, auc.variance_between_runs(rows.values())),
+            (own, auc.own_variance(pair)),
+        ):
+            found.append(auc.estimate(pair, [1, -1], np.zeros((2, 2)), between, 0)["p"] < 0.05)
+    assert 0.22 <= np.mean(pooled) <= 0.30
+    assert 0.03 <= np.mean(own) <= 0.07
 
 
 def plain_equivalence(aucs, row):
