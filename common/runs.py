@@ -12,30 +12,37 @@ from pathlib import Path
 from common.files import atomic_write, fail, locked
 from common.results import read_results, write_results
 
+EVALUATION = ["task", "protocol", "label_share", "folds"]  # columns that tell one from another
+
 
 def keep_whole_runs(out):
     """Drop what a killed run or a copy of a study at work left behind, and say so.
 
-    A run is whole if runs.jsonl holds it and results.csv as many lines of it as of any other. Stops
+    A run is whole if runs.jsonl holds it and results.csv all evaluations that most runs have. Stops
     at records of other slices than those of the store in out/slices.
     """
     results, path = out / "results.csv", out / "runs.jsonl"
     with locked(results):
         lines = read_results(results)
         records = read_records(path)
-        of_runs = Counter(run_of(line) for line in lines)
-        evaluations = max(of_runs.values(), default=0)
-        whole = {run for run in of_runs if of_runs[run] == evaluations and run in records}
-        for row, seed in sorted({*of_runs, *records} - whole):
+        if records and not lines:
+            fail(f"{results}: holds nothing, but {path} tells of runs: restore it, or delete both")
+        evaluations = {run: set() for run in [*records, *map(run_of, lines)]}
+        for line in lines:
+            evaluations[run_of(line)].add(tuple(line[key] for key in EVALUATION))
+        runs_with = Counter(one for run in evaluations for one in evaluations[run])
+        needed = {one for one in runs_with if 2 * runs_with[one] > len(evaluations)}
+        whole = {run for run in records if evaluations[run] >= needed}
+        for row, seed in sorted(set(evaluations) - whole):
             print(f"{row} seed {seed}: not evaluated whole: its lines and record are dropped")
         store = store_of(out)
         for run in sorted(whole):
             if records[run]["store"] != store:
                 fail(f"{path}: {run[0]} seed {run[1]} was trained on other CT: give another --out")
-        if whole < {*of_runs, *records}:
+        if whole < set(evaluations):
             write_results(results, [line for line in lines if run_of(line) in whole])
-            with atomic_write(path, text=True) as file:
-                file.writelines(json.dumps(records[run]) + "\n" for run in records if run in whole)
+        with atomic_write(path, text=True) as file:  # also without what was cut short
+            file.writelines(json.dumps(records[run]) + "\n" for run in records if run in whole)
 
 
 def run_of(line):

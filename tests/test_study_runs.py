@@ -161,3 +161,17 @@ def test_two_studies_in_one_folder(study):
     with open(study.out / ".study-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another study is at work" in study("--seeds", 1, ok=False).text
+
+
+def test_a_line_too_many_and_a_record_cut_short_harm_no_other_run(study):
+    study("--seeds", 1, rows="scratch ALL")
+    lines = read_results(study.out / "results.csv")
+    write_results(study.out / "results.csv", [*lines, lines[0] | {"protocol": "finetune"}])
+    with open(study.out / "runs.jsonl", "a") as file:
+        file.write('{"row": "ALL", "se')
+    done = study("--seeds", 2, rows="scratch ALL")
+    assert "not evaluated whole" not in done.text and done.trained == ["ALL-seed-1"]
+    assert done.runs == all_runs(2, "scratch ALL")
+    (study.out / "results.csv").unlink()
+    done = study("--seeds", 2, rows="scratch ALL", ok=False)
+    assert "tells of runs: restore it" in done.text and done.runs == all_runs(2, "scratch ALL")
