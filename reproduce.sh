@@ -112,7 +112,7 @@ head-ct  | --folds 5 --repeats 10'
 study_steps=750
 study_pretrain='--arch resnet18 --size 64 --optimizer adamw --warmup 0.1'
 study_evaluate='--protocol linear --arch resnet18 --size 64'
-study_code='reduce.py pretrain.py evaluate.py common/auc.py common/batches.py common/ct.py common/dicom.py common/encoder.py
+decisive_code='reduce.py pretrain.py evaluate.py common/auc.py common/batches.py common/ct.py common/dicom.py common/encoder.py
   common/hashing.py common/reduction.py common/similarity.py common/simclr.py common/store.py common/tasks.py
   common/volumes.py'
 default_rows='scratch ALL EveryN Random Random-matched Hash-3 Hash-6 Hash-12 HashAll SSIM MI Embedding SSIM-budget MI-budget
@@ -131,7 +131,7 @@ main() {
   prepare_data
   check_flags
   mkdir -p "$out/done"
-  code=$("$python" -m common.files)
+  code=$("$python" -m common.files $decisive_code)
 
   reduce=("$python" reduce.py "$ct" "$out/slices" $reduce_flags)
   "${reduce[@]}" --strategy all # always called: it notices when the CT has changed
@@ -159,15 +159,17 @@ main() {
 }
 
 # study: seed by seed over all rows, so that a study cut short is balanced. A run that runs.jsonl holds is not made again,
-# even where its encoder is gone; one of other code, other flags or other CT stops the study.
+# even where its encoder is gone. One of other code, flags, CT or precision stops the study, also with --rows.
 study() {
   local seed row runs started=()
   exec 9> "$out/.study-lock"
   flock -n 9 || stop "$out: another study is at work there"
   trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
   trap 'exit 130' INT TERM
-  "$python" -m common.runs "$out" || stop "see the line above"
-  code_of_study=$("$python" -m common.files $study_code)
+  "$python" -m common.runs "$out" "$machine" || stop "see the line above"
+  while read -r row seed; do is_evaluated "$row" "$seed"; done < <(
+    sed -nE 's/^\{"row": "([^"]+)", "seed": ([0-9]+),.*/\1 \2/p' "$out/runs.jsonl"
+  )
   OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / jobs))
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
   for ((seed = 0; seed < seeds; seed++)); do
@@ -205,22 +207,20 @@ study_run() {
     pretrain_row "$1" "$2"
     weights=$out/runs/$1-seed-$2/encoder.pt
   fi
-  while IFS='|' read -r task flags; do
-    task=${task// /}
-    if [ -z "$task" ]; then continue; fi
+  while IFS=' |' read -r task flags; do
     "$python" evaluate.py "$task" "$data/$task" --encoder "$weights" --seeds $(($2 + 1)) --name "$1" \
       --results "$out/results.csv" $evaluate_flags $flags
-  done <<< "$study_evaluations"
+  done <<< "${study_evaluations#?}"
   # for results-draws.jsonl: the study may go on where the test scores are not
   "$python" evaluate.py tables "$out/results.csv" > /dev/null
-  [ "$("$python" -m common.files $study_code)" = "$code_of_study" ] || stop "the code was edited while $1 seed $2 was made"
+  [ "$("$python" -m common.files $decisive_code)" = "$code" ] || stop "the code was edited while $1 seed $2 was made"
   "$python" -m common.runs "$out" "$1" "$2" "$(study_digest "$1")"
 }
 
 # is_evaluated ROW SEED: whether runs.jsonl says so; stops at one that other code or other flags have made.
 is_evaluated() {
   local found
-  found=$(grep -F "{\"row\": \"$1\", \"seed\": $2," "$out/runs.jsonl" 2>/dev/null | tail -n 1) || return 1
+  found=$(grep -F "{\"row\": \"$1\", \"seed\": $2," "$out/runs.jsonl") || return 1
   [[ $found == *"\"made_by\": \"$(study_digest "$1")\""* ]] ||
     stop "$out/runs.jsonl: $1 seed $2 was made by other code or other flags: give another --out"
 }
@@ -230,7 +230,7 @@ study_digest() {
   local embedding=''
   if [[ $1 = Embedding* ]]; then embedding=$encoder; fi
   if [ -f "$embedding" ]; then embedding=$(cksum < "$encoder"); fi
-  cksum <<< "$code_of_study $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $embedding $(line_of "${1%%-steps*}")" |
+  cksum <<< "$code $reduce_flags $pretrain_flags --steps $study_steps $evaluate_flags $study_evaluations $embedding $(line_of "${1%%-steps*}")" |
     tr ' ' '-'
 }
 
@@ -306,12 +306,12 @@ evaluate_row() {
 }
 
 # once KEY COMMAND...: runs the command unless it has ended well before: word for word, by the same code, on the same
-# store and with the same files in its arguments.
+# store and with the same files in its arguments (Python and the script left out, which $code tells of).
 once() {
   local key=$1 done_file=$out/done/$1 words argument
   shift
   words="$code $* $(cksum < "$out/slices/store.json")"
-  for argument in "$@"; do
+  for argument in "${@:3}"; do
     if [ -f "$argument" ] && [ "$argument" != "$out/results.csv" ]; then words="$words $(cksum < "$argument")"; fi
   done
   if [ "$(cat "$done_file" 2>/dev/null)" = "$words" ]; then return; fi
@@ -321,7 +321,7 @@ once() {
 }
 
 parse() {
-  mode=toy data='' out='' seeds='' jobs=1 encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=''
+  mode=toy data='' out='' seeds='' jobs=1 for_study='' encoder='' reduce_flags='' pretrain_flags='' evaluate_flags='' rows=''
   while [ $# -gt 0 ]; do
     case $1 in
       --help | -h) usage; exit ;;
@@ -332,8 +332,8 @@ parse() {
       --study) mode=study data=${2-} ;;
       --out) out=${2-} ;;
       --seeds) seeds=${2-} ;;
-      --jobs) jobs=${2-} ;;
-      --steps) study_steps=${2-} ;;
+      --jobs) jobs=${2-} for_study=$1 ;;
+      --steps) study_steps=${2-} for_study=$1 ;;
       --rows) rows=${2-} ;;
       --embedding) encoder=${2-} ;;
       --reduce) reduce_flags=${2-} ;;
@@ -361,7 +361,7 @@ parse() {
   [[ $seeds =~ ^([1-9][0-9]*)?$ ]] || stop "--seeds $seeds: must be a whole number, at least 1"
   [[ $jobs =~ ^[1-9][0-9]*$ ]] || stop "--jobs $jobs: must be a whole number, at least 1"
   [[ $study_steps =~ ^[1-9][0-9]*$ ]] || stop "--steps $study_steps: must be a whole number, at least 1"
-  [ "$mode" = study ] || [ "$jobs $study_steps" = '1 750' ] || stop "--jobs and --steps are for --study"
+  [ "$mode" = study ] || [ -z "$for_study" ] || stop "$for_study is for --study"
   if [ -n "$data" ]; then
     [ -d "$data/ct" ] || stop "$data/ct: no such folder"
     data=$(cd "$data" && pwd)
@@ -414,25 +414,32 @@ prepare_data() {
   [ -n "$tasks" ] || stop "$data: holds none of covid-ct, organ and head-ct"
 }
 
-# Every flag is read by the script it is for before hours of work begin.
+# Every flag is read by the script it is for before hours of work begin. Sets machine: device and precision to train in.
 check_flags() {
   local encoders='' evaluation evaluations='|'
   for ((seed = 0; seed < seeds; seed++)); do encoders="$encoders run-$seed/encoder.pt"; done
   if [ "$mode" = study ]; then evaluations=${study_evaluations#?}; fi
-  {
+  machine=$({
     echo "reduce data out --strategy all $reduce_flags"
     echo "pretrain selection.csv run $pretrain_flags"
     while IFS= read -r evaluation; do
       echo "evaluate ${tasks##* } data --results results.csv $evaluate_flags ${evaluation#*|} --encoder$encoders"
     done <<< "$evaluations"
-  } | "$python" -c "$read_flags" || stop '--reduce, --pretrain or --evaluate: see the line above'
+  } | "$python" -c "$read_flags") || stop '--reduce, --pretrain or --evaluate: see the line above'
 }
 read_flags='
 import importlib, sys
 for line in sys.stdin:
     script, *flags = line.split()
     sys.argv = [script + ".py", *flags]
-    importlib.import_module(script).parse_args()
+    module = importlib.import_module(script)
+    args = module.parse_args()
+    if script == "pretrain":
+        device = module.join_processes(args.device)[2]
+        try:
+            print(device.type, module.simclr.choose_precision(args.precision, device, args.size))
+        except ValueError as error:
+            sys.exit(f"error: --precision: {error}")
 '
 
 stop() {

@@ -177,17 +177,5 @@ def check_code(product, before, now, remedy):
         fail(f"{product}: was made by another version of {', '.join(edited)}: {remedy}")
 
 
-def main():
-    """Print one digest of the named files, or of all code of the package.
-
-    reproduce.sh notices edits by it.
-    """
-    names = sys.argv[1:]
-    if not names:
-        files = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]
-        names = sorted(path.relative_to(ROOT).as_posix() for path in files)
-    print(one_digest(*names))
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # one digest of the named files, by which reproduce.sh notices edits
+    print(one_digest(*sys.argv[1:]))

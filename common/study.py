@@ -7,6 +7,7 @@ import numpy as np
 from common import auc
 from common.files import fail
 from common.results import read_results
+from common.runs import OUTCOMES, PRIMARY
 from common.tables import (
     PRECISION,
     auc_cell,
@@ -54,15 +55,6 @@ PLANNED = {  # row: pre-training runs
     "Random-matched-steps-x3": 4,
     "Hash-6-steps-x0.146": 4,
     "Random-matched-steps-x0.146": 4,
-}
-PRIMARY = "organ 1 %"
-OUTCOMES = {  # column: task, variant
-    PRIMARY: ("organ", ("linear", "0.01", "")),
-    "organ 10 %": ("organ", ("linear", "0.1", "")),
-    "organ 100 %": ("organ", ("linear", "1", "")),
-    "covid-ct": ("covid-ct", ("linear", "1", "5x10")),
-    "covid-ct, official split": ("covid-ct", ("linear", "1", "")),
-    "head-ct": ("head-ct", ("linear", "1", "5x10")),
 }
 # Differences are tuples of rows: (a, b) is a - b, and (a, b, c, d) is (a - b) - (c - d).
 HYPOTHESES = {
@@ -384,12 +376,8 @@ def reach_table(rows, found):
         if reached is None:
             lines.append([row, f"more than {steps[-1]:.0f}", "-", "-"])
             continue
-        needed, sign = steps[reached], ""
-        if reached == 0 and row == "ALL":
-            continue  # nothing shorter to tell of
-        if reached == 0:
-            sign = "at most "
-        else:
+        needed, sign = steps[reached], "" if reached else "at most "
+        if reached:
             ends = slice(reached - 1, reached + 1)
             needed = math.exp(np.interp(target, aucs[ends], np.log(steps[ends])))
         known = costs[names[reached]]

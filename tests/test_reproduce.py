@@ -89,7 +89,7 @@ def test_a_study_of_one_run(tmp_path, run):
         (["--data", "nowhere"], "nowhere/ct: no such folder"),
         (["--nothing"], "--nothing is not an option"),
         (["--out"], "--out needs a value"),
-        (["--steps", "5"], "--jobs and --steps are for --study"),
+        (["--steps", "5"], "--steps is for --study"),
     ],
 )
 def test_wrong_flags_are_refused_before_any_work(tmp_path, run, flags, message):

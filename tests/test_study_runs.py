@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from common.results import COLUMNS, read_results, write_results
+from common.runs import OUTCOMES
 
 ROWS = "scratch ALL Random-matched Embedding-budget"
 
@@ -48,7 +49,8 @@ def study(tmp_path):
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         with open(calls, newline="") as file:
             commands = list(csv.reader(file))
-        records = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
+        text = (out / "runs.jsonl").read_text() if (out / "runs.jsonl").exists() else ""
+        records = map(json.loads, text.splitlines())
         return SimpleNamespace(
             text=done.stdout + done.stderr,
             commands=[" ".join(words) for words in commands],
@@ -70,7 +72,7 @@ def test_two_jobs_make_every_run_once(study):
     assert done.runs == all_runs(2)
     assert done.trained == [run for run in all_runs(2) if not run.startswith("scratch")]
     lines = [(line["name"], line["seed"]) for line in read_results(study.out / "results.csv")]
-    assert len(lines) == 4 * 2 * 4 and len(set(lines)) == 8  # one a task and kind of evaluation
+    assert len(lines) == 4 * 2 * len(OUTCOMES) and len(set(lines)) == 8
     # a run's test scores are bootstrapped before it counts
     assert sum(command.startswith("evaluate.py tables") for command in done.commands) == 8 + 1
     again = study("--seeds", 2, "--jobs", 2)
@@ -119,26 +121,45 @@ def test_what_is_not_whole_is_made_again(study):
     assert done.runs == all_runs(1)
 
 
-def test_an_edit_of_a_row_is_refused_for_that_row_alone(study):
+REFUSED = "was made by other code or other flags: give another --out"
+
+
+def test_an_edit_of_a_row_with_runs_is_refused_whatever_rows_are_to_be_made(study):
     study("--seeds", 1)
     script = study.code / "reproduce.sh"
     text = script.read_text()
-    script.write_text(text.replace("\nALL-masked  ", "\nALL-new | --strategy new |\nALL-masked  "))
+    edited = text.replace("\nALL-masked  ", "\nALL-new | --strategy new |\nALL-masked  ", 1)
+    script.write_text(edited)
     assert study("--seeds", 1).trained == []
     script.write_text(text.replace("--strategy random --like", "--strategy random --new --like"))
-    done = study("--seeds", 1, ok=False)
-    assert "Random-matched seed 0 was made by other code or other flags" in done.text
-    study("--seeds", 1, rows="scratch ALL")
-    assert "made by other code or other flags" in study("--steps", 5, ok=False).text
+    for rows in (ROWS, "scratch ALL", "EveryN"):
+        done = study("--seeds", 2, rows=rows, ok=False)
+        assert f"Random-matched seed 0 {REFUSED}" in done.text and done.trained == []
 
 
-def test_another_encoder_to_embed_with_is_refused_for_its_rows_alone(study, tmp_path):
-    study("--seeds", 1)
+@pytest.mark.parametrize("flags", [["--steps", 5], ["--pretrain", "--lr 1"], ["--reduce", "--x 1"]])
+def test_other_flags_are_refused_whatever_rows_are_to_be_made(study, flags):
+    study("--seeds", 1, rows="ALL")
+    assert f"ALL seed 0 {REFUSED}" in study(*flags, rows="EveryN", ok=False).text
+
+
+def test_another_encoder_to_embed_with_is_refused(study, tmp_path):
+    study("--seeds", 1, rows="ALL")
     encoder = tmp_path / "encoder.pt"
     encoder.write_text("one")
-    given = ["--seeds", 1, "--embedding", encoder]
-    assert "Embedding-budget seed 0 was made by other" in study(*given, ok=False).text
-    assert study(*given, rows="scratch ALL").trained == []
+    assert study("--seeds", 1, "--embedding", encoder, rows="ALL").trained == []
+    study("--seeds", 1, "--embedding", encoder)
+    encoder.write_text("two")
+    done = study("--seeds", 1, "--embedding", encoder, ok=False)
+    assert f"Embedding-budget seed 0 {REFUSED}" in done.text
+
+
+def test_a_machine_of_another_precision_is_refused_before_any_training(study):
+    study("--seeds", 1, rows="scratch ALL")
+    done = study("--seeds", 2, rows="scratch ALL", ok=False, PRECISION="float32")
+    assert "ALL seed 0 was trained on cpu torch.bfloat16, this machine is cpu" in done.text
+    assert done.trained == []
+    assert study("--seeds", 2, rows="scratch ALL").trained == ["ALL-seed-1"]
 
 
 def test_edited_code_is_refused_also_while_a_run_is_made(study):
@@ -146,8 +167,8 @@ def test_edited_code_is_refused_also_while_a_run_is_made(study):
     assert done.runs == ["ALL-seed-0"]
     log = (study.out / "done" / "log-Random-matched-0.txt").read_text()
     assert "the code was edited while Random-matched seed 0 was made" in log
-    done = study("--seeds", 1, ok=False, rows="ALL")
-    assert "ALL seed 0 was made by other code" in done.text
+    done = study("--seeds", 1, ok=False, rows="EveryN")
+    assert f"ALL seed 0 {REFUSED}" in done.text
 
 
 def test_a_run_that_fails_stops_the_study(study):
@@ -163,15 +184,49 @@ def test_two_studies_in_one_folder(study):
         assert "another study is at work" in study("--seeds", 1, ok=False).text
 
 
-def test_a_line_too_many_and_a_record_cut_short_harm_no_other_run(study):
+def test_lines_that_are_not_of_the_study_harm_no_run_and_are_kept(study):
     study("--seeds", 1, rows="scratch ALL")
     lines = read_results(study.out / "results.csv")
-    write_results(study.out / "results.csv", [*lines, lines[0] | {"protocol": "finetune"}])
-    with open(study.out / "runs.jsonl", "a") as file:
-        file.write('{"row": "ALL", "se')
+    others = [lines[0] | {"protocol": "finetune", "seed": str(seed)} for seed in range(5)]
+    write_results(study.out / "results.csv", [*lines, *others])
     done = study("--seeds", 2, rows="scratch ALL")
     assert "not evaluated whole" not in done.text and done.trained == ["ALL-seed-1"]
     assert done.runs == all_runs(2, "scratch ALL")
-    (study.out / "results.csv").unlink()
-    done = study("--seeds", 2, rows="scratch ALL", ok=False)
-    assert "tells of runs: restore it" in done.text and done.runs == all_runs(2, "scratch ALL")
+    kept = read_results(study.out / "results.csv")
+    assert [line for line in kept if line["protocol"] == "finetune"] == others
+
+
+def test_a_run_that_a_merge_has_doubled_is_made_again(study):
+    study("--seeds", 1, rows="scratch ALL")
+    path = study.out / "results.csv"
+    lines = read_results(path)
+    others = [line | {"encoder": "another"} for line in lines if line["name"] == "ALL"]
+    write_results(path, [*lines, *others])
+    done = study("--seeds", 1, rows="scratch ALL")
+    assert "ALL seed 0: not evaluated whole" in done.text and done.runs == all_runs(
+        1, "scratch ALL"
+    )
+    assert len(read_results(path)) == 2 * len(OUTCOMES)
+    path.write_text(path.read_text() + "=======\n")
+    assert "cut short, or of a merge" in study("--seeds", 1, rows="scratch ALL", ok=False).text
+
+
+@pytest.mark.parametrize("name", ["results.csv", "runs.jsonl"])
+def test_a_file_of_the_study_that_is_lost_is_missed(study, name):
+    study("--seeds", 1, rows="scratch ALL")
+    files = {path.name: path.read_text() for path in study.out.glob("r*.[cj]s*")}
+    (study.out / name).unlink()
+    assert "restore it" in study("--seeds", 2, rows="EveryN", ok=False).text
+    (study.out / name).write_text(files[name])
+    assert study("--seeds", 1, rows="scratch ALL").trained == []
+
+
+def test_results_older_than_the_records_are_made_again(study):
+    """As a commit in the middle of a run leaves them."""
+    study("--seeds", 1)
+    lines = read_results(study.out / "results.csv")
+    write_results(study.out / "results.csv", [line for line in lines if line["name"] == "ALL"])
+    shutil.rmtree(study.out / "runs")
+    done = study("--seeds", 1)
+    assert done.trained == ["ALL-seed-0", "Embedding-budget-seed-0", "Random-matched-seed-0"]
+    assert done.runs == all_runs(1)
