@@ -184,7 +184,7 @@ NOISE_DOMINATES = {"run_sd": 0.0, "row_sd": 0.0, "noise_sd": 0.8}
 
 
 @pytest.mark.parametrize("spread", [RUNS_DOMINATE, IMAGES_DOMINATE, NOISE_DOMINATES])
-@pytest.mark.parametrize("runs", [(3, 3), (5, 5), (8, 8), (3, 8)])
+@pytest.mark.parametrize("runs", [(3, 3), (3, 8)])
 def test_true_nulls_are_called_different_in_3_to_7_percent(runs, spread):
     """Runs that differ, rows whose images differ, and noise of each run on each image.
 

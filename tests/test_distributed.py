@@ -49,10 +49,10 @@ def test_two_processes_pretrain(tmp_path, run):
     command = [*torchrun, "pretrain.py", tmp_path / "out" / "all.csv", tmp_path / "run"]
     command += ["--arch", "resnet18", "--size", 32, "--batch-size", 8, "--optimizer", "adamw"]
     command += ["--epochs", 2, "--mask-negatives", 6]
-    assert (tmp_path / "run" / "encoder.pt").name in run(*command).stdout
+    run(*command)
+    assert (tmp_path / "run" / "encoder.pt").exists()
     first, *epochs = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert first["settings"]["processes"] == 2 and [line["step"] for line in epochs] == [2, 4]
-    assert run(*command).stdout.count("finished before") == 1
 
 
 if __name__ == "__main__":

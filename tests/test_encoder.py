@@ -20,7 +20,7 @@ def network():
 
 
 def layouts(weights):
-    """The four layouts of the authors' checkpoints, with the heads that lie beside the encoder."""
+    """Ours, and those of the authors' checkpoints, with the heads that lie beside the encoder."""
 
     def under(prefix):
         return {prefix + key: value for key, value in weights.items()}
@@ -103,18 +103,19 @@ def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, 
     beside = harmless | calls if layout != "ours" else {}  # ours is nothing but weights
     torch.save(weights | beside, path)
     assert torch.equal(load_encoder(path, "resnet18", 0).eval()(images), network(images))
-    for refused in (
-        Call(os.system, f"touch {canary}"),
-        Call(Path.touch, canary),
-        defaultdict(list, a=[1]),
-    ):
-        torch.save(weights | {"other": refused}, path)
-        with pytest.raises(SystemExit, match="error"):
-            load_encoder(path, "resnet18", 0)
-    for inside in calls.values():  # among the weights themselves nothing is passed over
-        torch.save(network.state_dict() | {"conv1.weight": inside}, path)
-        with pytest.raises(SystemExit, match="not a state_dict of tensors"):
-            load_encoder(path, "resnet18", 0)
+    if layout == "SwAV":
+        for refused in (
+            Call(os.system, f"touch {canary}"),
+            Call(Path.touch, canary),
+            defaultdict(list, a=[1]),
+        ):
+            torch.save(weights | {"other": refused}, path)
+            with pytest.raises(SystemExit, match="error"):
+                load_encoder(path, "resnet18", 0)
+        for inside in calls.values():  # among the weights themselves nothing is passed over
+            torch.save(network.state_dict() | {"conv1.weight": inside}, path)
+            with pytest.raises(SystemExit, match="not a state_dict of tensors"):
+                load_encoder(path, "resnet18", 0)
     assert not canary.exists()
     pickle.loads(pickle.dumps(calls["open"]))
     assert canary.exists()  # as it would where nothing guards

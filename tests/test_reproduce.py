@@ -83,9 +83,12 @@ def test_a_study_of_one_run(tmp_path, run):
         (["--embedding", "nowhere.pt"], "--embedding nowhere.pt: no such file"),
         (["--seeds", "0"], "--seeds 0: must be a whole number"),
         (["--pretrain", "--epoch-size=100"], "pretrain.py: error"),
-        (["--evaluate", "--protocol nothing"], "evaluate.py: error"),
         (["--seeds", "3", "--evaluate", "--seeds 2"], "--seeds 2 leaves some of the 3 encoders"),
         (["--reduce", "--size 0"], "--size 0 is not a number of pixels"),
+        (
+            ["--pretrain", "--size 16 --precision bfloat16 --device cpu"],
+            "needs more than 16 pixels",
+        ),
         (["--data", "nowhere"], "nowhere/ct: no such folder"),
         (["--nothing"], "--nothing is not an option"),
         (["--out"], "--out needs a value"),

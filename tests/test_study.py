@@ -306,7 +306,7 @@ def test_a_study_cut_short(tmp_path):
     """Holm counts three, also where a row is missing or has one run."""
     aucs = made_up(spread=0.006)
     full = study(write(tmp_path / "results.csv", aucs))
-    for name in PLANNED:
+    for name in ("scratch", "ALL", "Hash-6", "ALL-c32", "EveryN", "ALL-steps-x3"):
         rest = {row: aucs[row] for row in aucs if row != name}
         text = study(write(tmp_path / "results.csv", rest))
         assert text.startswith(
@@ -338,11 +338,14 @@ def test_the_plan_is_that_of_reproduce_sh():
     assert {name.strip(): int(runs) for name, runs in pairs} == PLANNED
 
 
-def test_the_command_prints_the_analysis_and_draws_the_figure(tmp_path, run):
+def test_the_command_prints_the_analysis_and_draws_the_figure(tmp_path, here):
     results = write(tmp_path / "results.csv", made_up())
-    done = run("evaluate.py", "study", results, "--figure", tmp_path / "figure.svg")
-    assert done.stdout == study(results) + "\n"
+    printed = here("evaluate.py", "study", results, "--figure", tmp_path / "figure.svg")
+    assert printed == study(results) + "\n"
     assert "optimiser steps" in (tmp_path / "figure.svg").read_text()
+    write(results, {"EveryN": [0.9, 0.91]})
+    here("evaluate.py", "study", results, "--figure", tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()  # EveryN is on no curve
     write(results, made_up(), outcomes=["covid-ct"])
     with pytest.raises(SystemExit, match="holds no results of organ, linear, 1 % of the"):
         study(results)
