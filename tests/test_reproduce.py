@@ -2,6 +2,7 @@
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,38 +20,29 @@ ROWS = "Embedding-steps-x2"
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory, run):
-    """The output folder of two runs of every row, and the command that made it."""
-    out = tmp_path_factory.mktemp("reproduced") / "out"
-    command = ["reproduce.sh", "--out", out, "--seeds", 2, "--rows", ROWS]
-    command += ["--reduce", "--size 32", "--pretrain", PRETRAIN, "--evaluate", EVALUATE]
-    return out, command, run(*command, program="bash").stdout
+def made(tmp_path_factory, run):
+    """Two finished processes, made at once on two cores: two runs of every row; a study of one run.
+
+    With the command of each. What the study looks after, test_study_runs.py tries with scripts that
+    take no time.
+    """
+    folder = tmp_path_factory.mktemp("made")
+    rows = ["reproduce.sh", "--out", folder / "rows", "--seeds", 2, "--rows", ROWS]
+    rows += ["--reduce", "--size 32", "--pretrain", PRETRAIN, "--evaluate", EVALUATE]
+    write_study_data(folder / "data")
+    study = ["reproduce.sh", "--study", folder / "data", "--out", folder / "study"]
+    study += ["--rows", "ALL-steps-x3", "--seeds", 1, "--jobs", 2, "--reduce", "--size 32"]
+    study += ["--pretrain", "--arch resnet18 --size 32 --batch-size 16 --optimizer adamw"]
+    study += ["--evaluate", "--protocol linear --arch resnet18 --size 32", "--steps", 1]
+    with ThreadPoolExecutor() as pool:
+        of_rows, of_study = (pool.submit(run, *made, program="bash") for made in (rows, study))
+    return {
+        "rows": (folder / "rows", rows, of_rows.result()),
+        "study": (folder / "study", study, of_study.result()),
+    }
 
 
-def test_every_row_is_in_the_tables_with_an_interval_over_runs(reproduced):
-    """Embedding selects with the encoder of ALL, so that is pre-trained first, though no row."""
-    out, _, stdout = reproduced
-    text = (out / "tables.md").read_text()
-    assert text in stdout and "pretrain-ALL-0" in stdout and (out / "figure.svg").exists()
-    for row in ROWS.split():
-        [line] = [line for line in text.splitlines() if line.startswith(f"| {row} |")][:1]
-        assert line.count("±") == 2
-    with open(out / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * 2 * len(ROWS.split())
-    assert {line["steps"] for line in lines} == {"4"}
-    assert all(float(line["dose"]) >= 0 for line in lines)
-
-
-def test_a_second_call_does_nothing_again(reproduced, run):
-    out, command, _ = reproduced
-    again = run(*command, program="bash").stdout
-    assert "---" not in again.split("# ")[0] and (out / "tables.md").read_text() in again
-
-
-def test_a_study_of_one_run(tmp_path, run):
-    """Evaluated on all tasks; test_study_runs.py makes more of them, with scripts that take no time."""
-    data, out = tmp_path / "data", tmp_path / "out"
+def write_study_data(data):
     rng = np.random.default_rng(0)
     toy.write_cohort(data / "ct", patients=2, slices=12)
     write_covid_ct(data / "covid-ct", images=6)
@@ -63,15 +55,38 @@ def test_a_study_of_one_run(tmp_path, run):
     toy.write_tasks(data, size=32)
     (data / "organ").mkdir()
     (data / "toy-organ.npz").rename(data / "organ" / "organ.npz")
-    command = ["reproduce.sh", "--study", data, "--out", out, "--rows", "ALL-steps-x3"]
-    command += ["--seeds", 1, "--jobs", 2, "--reduce", "--size 32"]
-    command += ["--pretrain", "--arch resnet18 --size 32 --batch-size 16 --optimizer adamw"]
-    command += ["--evaluate", "--protocol linear --arch resnet18 --size 32", "--steps", 1]
-    text = run(*command, program="bash").stdout
-    assert "1 of 151 planned runs" in text and text.endswith((out / "README.md").read_text())
+
+
+def test_every_row_is_in_the_tables_with_an_interval_over_runs(made):
+    """Embedding selects with the encoder of ALL, so that is pre-trained first, though no row."""
+    out, _, done = made["rows"]
+    text = (out / "tables.md").read_text()
+    assert text in done.stdout and "pretrain-ALL-0" in done.stdout
+    assert (out / "figure.svg").exists()
+    for row in ROWS.split():
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {row} |")][:1]
+        assert line.count("±") == 2
+    with open(out / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * 2 * len(ROWS.split())
+    assert {line["steps"] for line in lines} == {"4"}
+    assert all(float(line["dose"]) >= 0 for line in lines)
+
+
+def test_a_second_call_does_nothing_again(made, run):
+    out, command, _ = made["rows"]
+    again = run(*command, program="bash").stdout
+    assert "---" not in again.split("# ")[0] and (out / "tables.md").read_text() in again
+
+
+def test_a_study_of_one_run(made):
+    """Evaluated on all tasks."""
+    out, _, done = made["study"]
+    assert "1 of 151 planned runs" in done.stdout
+    assert done.stdout.endswith((out / "README.md").read_text())
     [record] = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
     assert record["row"] == "ALL-steps-x3" and record["log"]["settings"]["steps"] == 3
-    assert (out / "results-draws.jsonl").exists()
+    assert (out / "results-draws.jsonl").exists() and (out / "figure.svg").exists()
 
 
 @pytest.mark.parametrize(
