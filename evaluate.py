@@ -11,9 +11,11 @@
     python evaluate.py study results.csv --figure FIGURE.svg   # results/study/plan.md's analysis
 
 Lines that results.csv already holds for the same encoder, settings, data and code are not computed
-again; several evaluations may write to one results.csv at the same time. The test scores are kept
-in results-scores/, so that any two rows can be compared image by image; near-duplicates-TASK.csv
-there names the images that look alike.
+again; several evaluations may write to one results.csv at the same time. A line of other flags
+(--lr, --epochs, ...) with the same --name and seed is replaced: give an ablation another --results.
+The test scores are kept in results-scores/, so that any two rows can be compared image by image;
+near-duplicates-TASK.csv there names the images that look alike. Differences in the tables are to
+the row ALL, or to `tables --baseline ROW`.
 """
 
 import argparse
@@ -197,10 +199,11 @@ def probe_split(features, task):
     """Logistic regression on standardised frozen features, C by validation AUC.
 
     Like the other two probes it returns the numbers of training and validation images, the rows of
-    the tested images and their probabilities, here [test, classes]. All of C_GRID is tried: on
-    head-ct, whose 40 validation images make AUC jump, the first drop comes far too early. Beyond
-    5,000 images the fit stops at ten times scikit-learn's tolerance (our choice): a quarter of the
-    time on organ, AUC the same to 0.0003; on small sets that would change which C is best.
+    the tested images and their probabilities, here [test, classes]. All of C_GRID is tried: the 40
+    validation images of head-ct make AUC jump, so that its first fall comes far too early to stop
+    there. Beyond 5,000 images the fit stops at ten times scikit-learn's tolerance (our choice): a
+    quarter of the time on organ, AUC the same to 0.0003; on small sets that would change which C is
+    best.
     """
     train, val, test = split_of(task).values()
     scaled = standardised(features, train)
@@ -270,7 +273,7 @@ def fit_and_predict(scaled, task, train, test):
 def finetune(encoder, task, split, seed, args, device):
     """The paper's protocol: encoder and linear layer, the encoder frozen at first.
 
-    The best epoch by validation accuracy tests. Returns probabilities, float32 [test, classes].
+    The weights of the epoch with the best validation accuracy are tested. Returns probabilities, float32 [test, classes].
     Repeatable: a GPU uses deterministic convolutions.
     """
     torch.manual_seed(seed)
@@ -300,7 +303,10 @@ def finetune(encoder, task, split, seed, args, device):
 
 
 def freeze(encoder, frozen):
-    """Frozen means all but batch norm, as Lightning's BackboneFinetuning does (official code)."""
+    """Frozen means all but batch norm, as Lightning's BackboneFinetuning does.
+
+    The official code uses that; how it freezes is our reading.
+    """
     for module in encoder.modules():
         trained = not frozen or isinstance(module, nn.BatchNorm2d)
         for parameter in module.parameters(recurse=False):

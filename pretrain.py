@@ -1,11 +1,13 @@
 """Pre-train a ResNet with SimCLR on the slices that a selection keeps.
 
-    python pretrain.py OUT/hash-6.csv RUN --epochs 100    # RUN/encoder.pt, log.jsonl, checkpoint.pt
+    python pretrain.py OUT/hash-6.csv RUN --epochs 100    # RUN/encoder.pt and log.jsonl
     python pretrain.py OUT/hash-6.csv RUN --steps 5000    # as many steps as another row had
     torchrun --nproc-per-node 8 pretrain.py OUT/hash-6.csv RUN    # 8 GPUs share a batch
 
-Called again on an unfinished RUN it goes on where it was, to the same bytes; on a finished one it
-says so and does nothing. A RUN of other settings, or of edited code, is refused.
+Without flags it is the paper's 800 epochs of a ResNet-50 with LARS, for a GPU; on a CPU give --arch
+resnet18 --optimizer adamw. Called again on an unfinished RUN, which holds checkpoint.pt, it goes on
+where it was, to the same bytes; on a finished one it says so and does nothing. A RUN of other
+settings, or of edited code, is refused.
 """
 
 import argparse
@@ -40,7 +42,9 @@ CODE = ["pretrain.py"]
 CODE += [f"common/{name}.py" for name in ("batches", "encoder", "hashing", "simclr")]
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
-COLLAPSED = 0.005  # std of the normalised embeddings; near 0.09 when all is well
+COLLAPSED = (
+    0.005  # std of the normalised embeddings; 1 / sqrt(128 values) = 0.09 when spread evenly
+)
 
 # Flags that do not make a run what it is: `describe` tells what they come to. All others do.
 NO_SETTINGS = ("selection", "run", "epochs", "steps", "precision", "device")
@@ -330,7 +334,10 @@ def header(settings, device):
 
 
 def epoch_line(step, per_epoch, lr, measured):
-    """A line of the log: means over the epoch's steps, speed, share of time waiting for data."""
+    """A line of the log: means over the epoch's steps, speed, share of time waiting for data.
+
+    images_per_second counts views, two a slice.
+    """
     metrics, dose, views, waited, seconds = zip(*measured)
     loss, top1, std = torch.stack(metrics).mean(0).tolist()
     return {

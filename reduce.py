@@ -20,7 +20,9 @@ redundant  (the slices most similar to others stay)        -       ours: the opp
 
 DATA is any tree of DICOM series and/or PNG or JPEG slices (a folder is a volume; in a flat folder
 of <volume>_<number>.png the name before the last _ is). A second strategy on the same DATA reuses
-the store.
+the store. Beside each selection, `row,kept,representative,similarity`, lie its counts (.json) and a
+contact sheet (.png); skipped.csv names the files that are no readable CT slice. Of similar slices
+the first in z order stays.
 """
 
 import argparse

@@ -126,7 +126,7 @@ def variance_between_runs(rows):
     """Variance between the runs of a row, pooled over the rows with at least 2 runs.
 
     rows: the AUCs of each row's runs, [runs]. (variance, degrees of freedom), 0 without such a row.
-    The rows are taken to vary alike. If two of many rows vary twice as much as the others, 26 % of
+    The rows are taken to vary alike. If two of many rows have twice the SD of the others, 26 % of
     true nulls between them are below 0.05 in a simulation: see own_variance.
     """
     repeated = [aucs for aucs in rows if len(aucs) > 1]

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from common.files import atomic_write, fail
 from common.simclr import ARCHS
 
-# of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code)
+# of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code), and
+# of any model that was saved under DataParallel
 PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
 STAGES = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # of a ResNet, but fc
 NO_FILE = "no such file: --encoder takes an encoder.pt, scratch or imagenet"

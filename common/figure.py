@@ -132,7 +132,7 @@ def study_figure(results, path, task, variant):
     captions = [
         "Bands: 95 % interval over pre-training runs (hollow: one run). "
         "Dashed: untrained weights (scratch).",
-        "Right: ALL, and batches of 8 and of 32 neighbours, which are less varied.",
+        "Right: ALL, and batches made of runs of 8 or 32 neighbours, less varied.",
         "Masked: near-duplicates (masked-volume: all of the volume) are no negatives; "
         "at the dose that plain meets.",
     ]

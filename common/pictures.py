@@ -41,7 +41,7 @@ def draw_volume(sheet, draw, top, store, volume, representative):
         tile = Image.fromarray(store.slices[row])
         tile = tile.resize((TILE - 2, TILE - 2), Image.Resampling.BILINEAR)
         sheet.paste(tile, (left, tiles_top))
-        label = f"z {row - rows[0]}  x{(representative == row).sum()}"
+        label = f"slice {row - rows[0]}  x{(representative == row).sum()}"
         draw.text((left, tiles_top + TILE - 1), label, "khaki")
 
     strip_top = tiles_top + TILE + LABEL

@@ -175,8 +175,8 @@ def search_threshold(count, groups, total, target, guess):
     """The threshold of a similarity (-1 to 1) that keeps closest to `target` slices: to 0.01 % of
     all, or to 2e-7 of the threshold.
 
-    count(threshold): slices kept, growing with it. groups, total: what -1 and anything above 1
-    keep. guess: where to start. Bisection and interpolation take turns: the logarithm of the count
+    count(threshold): slices kept, growing with it. groups, total: slices kept at -1 (one a group)
+    and above 1 (all). guess: where to start. Bisection and interpolation take turns: the logarithm of the count
     is nearly straight, but where it is not, interpolation alone would crawl.
     """
     if target <= groups:

@@ -12,7 +12,7 @@ COLUMNS = [
     "name",  # row of the tables
     "encoder",  # encoder_hash
     "protocol",  # finetune or linear
-    "seed",
+    "seed",  # finetune: of head and order of images; linear: of the pre-training or of scratch
     "label_share",  # of the training labels: 1, or such as 0.01
     "folds",  # such as 5x10, folds x repeats; empty: the task's split
     "train",  # images
@@ -22,7 +22,7 @@ COLUMNS = [
     "auc_sd",  # over the draws of labels, or over the repeats
     "f1",
     "accuracy",
-    "seconds",
+    "seconds",  # of the evaluation, with its features
     "slices",  # these four from the log beside the encoder
     "steps",
     "dose",

@@ -135,7 +135,7 @@ def study(results):
             "## Hash-6 - ALL, split",
             "Difference in macro AUC on organ, 1 % of the labels. The differences add up, intervals "
             "do not. Weighting of anatomy: Clusters-6 also meets near-duplicates, a dose of 0.1.",
-            markdown([["part", "rows", "runs", "difference"], *parts(primary, SPLIT)]),
+            markdown([["part", "rows", "runs", "difference"], *split(primary)]),
             "## Secondary",
             "Difference in macro AUC on organ, 1 % of the labels. (a - b) - (c - d): below 0 where "
             "variety makes up for neighbours.",
@@ -309,8 +309,8 @@ def equivalence_table(found, gain):
     return lines
 
 
-def parts(found, pairs):
-    return [[part, *cells(found, *pairs[part])] for part in pairs]
+def split(found):
+    return [[part, *cells(found, *SPLIT[part])] for part in SPLIT]
 
 
 def secondary(found):

@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
     @property
     def digest(self):
-        """8 hex digits that change with everything of the task but the names."""
+        """8 hex digits that change with images, labels, groups, split and augmentation."""
         found = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
         for array in (self.images, self.labels, self.groups, self.split):
             if array is not None:
@@ -60,7 +60,9 @@ def load_task(name, data, size):
         fail(f"{data}: no such file or folder")
     if name == "covid-ct":
         task = load_images(list_covid_ct(data), data, size)
-        return task._replace(mean=0.56, std=0.2907, vertical_flip=True)  # official code
+        return task._replace(
+            mean=0.56, std=0.2907, vertical_flip=True
+        )  # official code, one for its three channels
     if name == "head-ct":
         return load_images(list_head_ct(data), data, size)
     if name == "images":

@@ -27,7 +27,7 @@ LONG = 2000  # half axis along z of what goes on from slice to slice
 WALL = {
     "skin and fat": (0, 0, 210, 175, 128, LONG, FAT),
     "muscle": (0, 0, 210, 155, 112, LONG, MUSCLE),
-    "ribs": (0, -3, 210, 138, 97, LONG, BONE),  # with gaps, see render
+    "ribs": (0, -3, 210, 138, 97, LONG, BONE),  # a shell that `render` cuts into ribs
     "inside": (0, -3, 210, 131, 90, LONG, FAT),
 }
 LUNGS = {

@@ -31,7 +31,7 @@ def worker_pool(workers):
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    # pydicom's about odd headers quote values, and what cannot be used is listed anyway
+    # pydicom's warnings about odd headers quote values, and what cannot be used is listed anyway
     simplefilter("ignore")
     threadpool_limits(1)
     # once this is freed, glibc keeps the memory of smaller arrays for the next slice
