@@ -31,7 +31,8 @@ TEXT
   echo "Rows by default: $default_rows"
   echo "On toy data: $toy_rows"
   echo "Study: --pretrain \"$study_pretrain\" --evaluate \"$study_evaluate\""
-  awk -F' *[|] *' 'NF > 1 { row = row sep $1 " " $2; sep = ", " } END { print "Study, rows and their runs: " row }' <<< "$study_rows"
+  awk -F' *[|] *' 'NF > 1 { row = row sep $1 " " $2; sep = ", " } END { print "Study, rows and their runs: " row }' <<< "$study_rows" |
+    fold -s -w 118
   cat <<'TEXT'
 Any row but scratch with -steps after its name is trained for as many optimiser steps as ALL, with -steps-x3 for three
 times as many, instead of for as many epochs.
@@ -39,7 +40,8 @@ times as many, instead of for as many epochs.
 DIR must hold ct/ and at least one of the others; a link to a folder will do:
   ct/         any tree of DICOM series or PNG slices to pre-train on. The paper used, both free and without an account:
                 LIDC-IDRI            1,010 chest CT, 243,958 slices, 128 GB, CC BY 3.0
-                FDG-PET-CT-Lesions   whole-body PET/CT, 560,796 CT slices (the paper: 541,439 of them), 296 GB, CC BY 4.0
+                FDG-PET-CT-Lesions   whole-body PET/CT, 560,796 CT slices (the paper: 541,439 of them), CC BY 4.0,
+                  296 GB (411 GB with its PET series)
               pip install idc-index, then (the flags are those of its --help; not tried from here)
                 idc download-from-selection --collection-id lidc_idri --analysis-results exclude --download-dir DIR/ct
               and the same with fdg_pet_ct_lesions. PET series beside the CT are left out and counted.
@@ -188,7 +190,7 @@ study() {
   wait_for_all
   for run in "${started[@]}"; do is_evaluated $run || stop "$run was killed: start the study again"; done
   {
-    printf 'All numbers, with a p for each row. The planned analysis, with three p, is README.md.\n\n'
+    printf 'All numbers, with a p for each row. The planned analysis, with three p: evaluate.py study results.csv.\n\n'
     "$python" evaluate.py tables "$out/results.csv"
   } > "$out/tables.md.tmp"
   mv "$out/tables.md.tmp" "$out/tables.md"

@@ -32,7 +32,7 @@ def keep_whole_runs(out, machine):
     results, path = out / "results.csv", out / "runs.jsonl"
     with locked(results):
         lines = read_results(results)
-        records = read_records(path)
+        records = read_runs(path)
         if records and not lines:
             fail(f"{results}: holds nothing, but {path} tells of runs: restore it, or delete both")
         if lines and not path.exists():
@@ -88,7 +88,7 @@ def check_machine(path, records, machine):
             )
 
 
-def read_records(path):
+def read_runs(path):
     """{(row, seed as text): record}, without lines that are cut short."""
     records = {}
     text = path.read_text() if path.exists() else ""

@@ -194,7 +194,7 @@ def bootstraps(results, task, lines):
     needs the scores, which are too large to publish.
     """
     path = Path(results).with_name(f"{Path(results).stem}-draws.jsonl")
-    known = {record["line"]: record for record in read_records(path)}
+    known = {record["line"]: record for record in read_draws(path)}
     missing = [line for line in lines if line_digest(line) not in known]
     if not missing:
         return known
@@ -203,13 +203,13 @@ def bootstraps(results, task, lines):
     for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
         known[line_digest(line)] = make_record(results, line)
     with locked(path):  # another table may have added to it meanwhile
-        known = {record["line"]: record for record in read_records(path)} | known
+        known = {record["line"]: record for record in read_draws(path)} | known
         with atomic_write(path, text=True) as file:
             file.writelines(json.dumps(record) + "\n" for record in known.values())
     return known
 
 
-def read_records(path):
+def read_draws(path):
     try:
         return [json.loads(text) for text in path.read_text().splitlines()]
     except FileNotFoundError:
@@ -263,7 +263,9 @@ def estimate_sum(found, weights):
 def cost(rows, name):
     """Means over a row's encoders: {"slices", "steps", "dose", "pretrain_seconds"}; or {}."""
     runs = {row["encoder"]: row for row in rows if row["name"] == name and row["slices"]}
-    columns = ["slices", "steps", "dose", "pretrain_seconds"] if runs else []
+    if not runs:
+        return {}  # scratch, or encoders without a log
+    columns = ["slices", "steps", "dose", "pretrain_seconds"]
     return {column: np.mean([float(run[column]) for run in runs.values()]) for column in columns}
 
 
