@@ -70,13 +70,13 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_evaluate_writes_one_line_a_seed_and_its_scores(data, tmp_path, run, here):
+def test_evaluate_writes_one_line_a_seed_and_its_scores(data, tmp_path, here):
     results = tmp_path / "results.csv"
     short = ["--epochs", 1, "--freeze-epochs", 0, "--seeds", 2]
     fine_tuned = ["toy-lesion", data, *flags(results, "scratch", protocol="finetune"), *short]
     probed = ["toy-organ", data, *flags(results, "scratch"), "--seeds", 2, "--name", "ALL"]
     here("evaluate.py", *probed)
-    run("evaluate.py", *fine_tuned)
+    here("evaluate.py", *fine_tuned)
     again = here("evaluate.py", *fine_tuned)
     assert again.count("done before") == 2
     rows = table(results)
