@@ -392,7 +392,7 @@ prepare_data() {
   if [ "$mode" = toy ]; then
     out=${out:-$PWD/results/toy} tasks='toy-lesion toy-organ' seeds=${seeds:-2}
     reduce_flags=${reduce_flags:---size 64}
-    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 4 --warmup 0.1 --optimizer adamw}
+    pretrain_flags=${pretrain_flags:---arch resnet18 --size 32 --batch-size 64 --epochs 2 --warmup 0.1 --optimizer adamw}
     evaluate_flags=${evaluate_flags:---protocol linear --arch resnet18 --size 64 --seeds 2}
     ct=$out/toy/ct
     [ -d "$out/toy" ] || "$python" -m common.toy "$out/toy"
