@@ -278,6 +278,7 @@ def finetune(encoder, task, split, seed, args, device):
     """
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     model = nn.Sequential(encoder, nn.Linear(encoder.inplanes, len(task.classes)))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)

@@ -490,7 +490,8 @@ def rows_of_pairs(slices, n):
 def lightly(folder, arch, size, batch_size, steps, precision="float32"):
     """SimCLR as lightly's documentation sets it up: views/s over `steps` steps.
 
-    The steps whose batches its two loader processes had ready at the start do not count.
+    It gets a loader process a core. The steps whose batches these had ready at the start do not
+    count.
     precision "our-precision": with pretrain.py's precision and channels_last.
     """
     import torch
@@ -513,7 +514,7 @@ def lightly(folder, arch, size, batch_size, steps, precision="float32"):
         dtype = choose_precision("auto", device, size)
         model = model.to(memory_format=torch.channels_last)
     dataset = LightlyDataset(folder, transform=SimCLRTransform(input_size=size))
-    workers = 2
+    workers = len(os.sched_getaffinity(0))
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size,
