@@ -547,10 +547,11 @@ def parse_args():
     if args.name is None:
         first = args.encoder[0]
         args.name = first if first in ("scratch", "imagenet") else Path(first).parent.name
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.device = torch.device(args.device)
     check_args(args)
+    try:
+        args.device = simclr.choose_device(args.device)
+    except ValueError as error:
+        fail(f"--device: {error}")
     if args.protocol == "finetune":
         try:
             precision = simclr.choose_precision(args.precision, args.device, args.size)

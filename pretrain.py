@@ -211,9 +211,10 @@ def join_processes(name):
     """(rank, number of processes, device): one process, or torchrun's, each with its own GPU."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = simclr.choose_device(name)
+    except ValueError as error:
+        fail(f"--device: {error}")
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -8,14 +8,14 @@ bash reproduce.sh                  the whole pipeline on toy CT made on the spot
 bash reproduce.sh --data DIR       the same rows on real CT
 bash reproduce.sh --test           the tests
 bash reproduce.sh --install        only installs
-bash reproduce.sh --study DIR      the study of results/study/plan.md on real CT, seed by seed over all rows; hours to days
+bash reproduce.sh --study DIR      the study of results/study/plan.md on real CT, seed by seed over all rows; a day or more on 2 cores
 
 On first use it makes .venv and installs requirements.txt there (Python 3.11 or newer). With PYTHON=/path/to/python set
 it uses that Python as it is, for example one with PyTorch's CPU build, which spares 5 GB of CUDA libraries.
 Stopped and started again, it goes on where it was. After an edit of the code it makes again what the edit decides, or
 refuses where that would destroy something: give another --out.
 
-  --out DIR          results (default: results/toy, or results/<name of the data folder>)
+  --out DIR          results (default: results/toy, results/NAME of the data folder, or for a study results/NAME-study)
   --seeds K          pre-training runs a row (default: 1; toy: 2; study: as many as planned, at most K)
   --embedding E      encoder of the rows Embedding: a file or imagenet (default: the encoder of ALL, seed 0)
   --rows "A B"       of the rows below
@@ -296,14 +296,20 @@ steps_of_all() {
   awk -v steps="$steps" -v factor="$1" 'BEGIN { printf "%.0f", steps * factor }'
 }
 
+# lines_of_row TASK ROW: a checksum of the row's lines of results.csv.
+lines_of_row() { { grep "^$1,$2," "$out/results.csv" 2>/dev/null || true; } | cksum; }
+
 # evaluate_row ROW ENCODER...
 evaluate_row() {
-  local name=$1 task folder
+  local name=$1 task folder lines
   shift
   for task in $tasks; do
     if [ "$mode" = toy ]; then folder=$out/toy; else folder=$data/$task; fi
+    lines=$out/done/evaluate-$name-$task.lines # where one is gone, it is evaluated again
+    [ "$(lines_of_row "$task" "$name")" = "$(cat "$lines" 2>/dev/null)" ] || rm -f "${lines%.lines}"
     once "evaluate-$name-$task" "$python" evaluate.py "$task" "$folder" \
       --encoder "$@" --results "$out/results.csv" --name "$name" $evaluate_flags
+    lines_of_row "$task" "$name" > "$lines"
   done
 }
 
@@ -403,7 +409,7 @@ prepare_data() {
   ct=$data/ct tasks=''
   if [ "$mode" = study ]; then
     seeds=${seeds:-12}
-    out=${out:-$PWD/results/study} reduce_flags=${reduce_flags:---size 128}
+    out=${out:-$PWD/results/$(basename "$data")-study} reduce_flags=${reduce_flags:---size 128}
     pretrain_flags=${pretrain_flags:-$study_pretrain}
     evaluate_flags=${evaluate_flags:-$study_evaluate}
   fi
@@ -435,7 +441,10 @@ for line in sys.stdin:
     script, *flags = line.split()
     sys.argv = [script + ".py", *flags]
     module = importlib.import_module(script)
-    args = module.parse_args()
+    try:
+        args = module.parse_args()
+    except SystemExit as stopped:
+        sys.exit(stopped.code or f"error: {line}")  # also at --help
     if script == "pretrain":
         device = module.join_processes(args.device)[2]
         try:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.files import atomic_write, fail
-from common.simclr import ARCHS
+from common.simclr import ARCHS, choose_device
 
 # of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code), and
 # of any model that was saved under DataParallel
@@ -178,7 +178,7 @@ def embed(source, slices, folder):
         return path
     arch = "resnet50" if source in ("imagenet", "scratch") else arch_of(source)
     network = load_encoder(source, arch, seed=0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(slices), network.inplanes)}
     with atomic_write(path) as file:
         np.lib.format.write_array_header_1_0(file, header)

@@ -4,6 +4,7 @@ Knows nothing of where slices come from.
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -219,6 +220,26 @@ class LARS(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
+
+
+def choose_device(name):
+    """The torch.device of "auto", "cpu", "cuda", "cuda:1" ...
+
+    Under torchrun "auto" and "cuda" are each process's own GPU. Raises ValueError for what is no
+    device, or for a GPU that PyTorch does not find.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "cuda" or (name == "auto" and gpus):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"{name} is no device: give auto, cpu, cuda, cuda:1 ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: only cpu and cuda are known")
+    if device.type == "cuda" and device.index >= gpus:
+        raise ValueError(f"{name}: PyTorch finds {gpus} GPUs")
+    return device
 
 
 def choose_precision(name, device, size):

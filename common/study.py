@@ -7,7 +7,7 @@ import numpy as np
 from common import auc
 from common.files import fail
 from common.results import read_results
-from common.runs import OUTCOMES, PRIMARY
+from common.runs import OUTCOMES, PLANNED, PRIMARY
 from common.tables import (
     PRECISION,
     auc_cell,
@@ -27,35 +27,6 @@ from common.tables import (
     variants,
 )
 
-PLANNED = {  # row: pre-training runs
-    "scratch": 12,
-    "ALL": 12,
-    "Hash-6": 8,
-    "Random-matched": 8,
-    "ALL-masked": 8,
-    "Clusters-6": 8,
-    "ALL-c8": 6,
-    "ALL-c8-masked": 6,
-    "ALL-c32": 6,
-    "ALL-c32-masked": 6,
-    "ALL-c32-masked-volume": 6,
-    "ALL-c32-random": 6,
-    "ALL-double": 6,
-    "ALL-c32-double": 6,
-    "EveryN": 3,
-    "SSIM-budget": 3,
-    "MI-budget": 3,
-    "Embedding-budget": 3,
-    "Redundant": 3,
-    "ALL-steps-x0.5": 4,
-    "Hash-6-steps-x0.5": 4,
-    "Random-matched-steps-x0.5": 4,
-    "ALL-steps-x3": 4,
-    "Hash-6-steps-x3": 4,
-    "Random-matched-steps-x3": 4,
-    "Hash-6-steps-x0.146": 4,
-    "Random-matched-steps-x0.146": 4,
-}
 # Differences are tuples of rows: (a, b) is a - b, and (a, b, c, d) is (a - b) - (c - d).
 HYPOTHESES = {
     "H1": ("Hash-6", "ALL"),
@@ -147,7 +118,8 @@ def study(results):
             "## Length",
             "C: slices seen, in thousands. Batches hold 128 slices (rows named double: 256), which "
             "the results do not tell, or fewer where a row's slices do not divide evenly. Minutes: "
-            "wall time of pre-training on the study's machines, mean over runs.",
+            "wall time of pre-training, mean over runs; where runs shared a machine, they tell "
+            "little of its speed.",
             markdown(length_table(rows, primary)),
             "Length that reaches the AUC of ALL's planned one: mean AUC by log steps, interpolated "
             "between the lengths above. Where lengths hardly differ, runs decide it.",
@@ -350,7 +322,7 @@ def length_table(rows, found):
     lines = [["row", "steps", "C", "minutes", "runs", PRIMARY]]
     for name in sum(lengths.values(), []):
         steps, seconds = costs[name]["steps"], costs[name]["pretrain_seconds"]
-        length = [f"{steps:.0f}", slices_seen(name, costs[name], steps), f"{seconds / 60:.1f}"]
+        length = [f"{steps:.0f}", slices_seen(name, costs[name], steps), f"{seconds / 60:.2f}"]
         lines.append([name, *length, runs(found, name), auc_cell(found, name)])
     return lines
 
@@ -382,6 +354,6 @@ def reach_table(rows, found):
             needed = math.exp(np.interp(target, aucs[ends], np.log(steps[ends])))
         known = costs[names[reached]]
         minutes = known["pretrain_seconds"] / 60 * needed / steps[reached]
-        length = [f"{needed:.0f}", slices_seen(row, known, needed), f"{minutes:.1f}"]
+        length = [f"{needed:.0f}", slices_seen(row, known, needed), f"{minutes:.2f}"]
         lines.append([row, *(sign + number for number in length)])
     return lines

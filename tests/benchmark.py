@@ -12,6 +12,7 @@ they need are installed into .venv-benchmark on the first call, and this file ru
 import argparse
 import csv
 import json
+import math
 import os
 import resource
 import statistics
@@ -375,7 +376,7 @@ def compare(title, unit, sides):
 def spread(values):
     """Median (smallest to largest)."""
     middle = statistics.median(values)
-    digits = 0 if middle >= 100 else 2
+    digits = max(0, 2 - math.floor(math.log10(middle)))  # three that count
     return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 

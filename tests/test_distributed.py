@@ -48,7 +48,7 @@ def test_two_processes_pretrain(tmp_path, run):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     command = [*torchrun, "pretrain.py", tmp_path / "out" / "all.csv", tmp_path / "run"]
     command += ["--arch", "resnet18", "--size", 32, "--batch-size", 8, "--optimizer", "adamw"]
-    command += ["--epochs", 2, "--mask-negatives", 6]
+    command += ["--epochs", 2, "--mask-negatives", 6, "--device", "cpu"]
     run(*command)
     assert (tmp_path / "run" / "encoder.pt").exists()
     first, *epochs = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())

@@ -166,7 +166,7 @@ def features_of(path, task):
 
 def test_label_shares_use_few_labels_and_the_same_for_all_encoders(data, encoders, tmp_path, here):
     results = tmp_path / "results.csv"
-    shares = ["--label-share", 0.001, 0.1, 1, "--draws", 3]
+    shares = ["--label-share", 0.001, 0.1, 1, "--draws", 3, "--device", "cpu"]
     printed = here("evaluate.py", "toy-organ", data, *flags(results, *encoders[:2]), *shares)
     assert "toy-organ run-0 linear labels 0.1 seed 1: AUC" in printed and "(SD 0." in printed
     rows = read_results(results)

@@ -276,7 +276,7 @@ def test_length_counts_the_slices_that_steps_have_seen(tmp_path):
         cost = cost_of(row)
         batches = np.array_split(np.arange(cost["slices"]), -(-cost["slices"] // batch_size))
         seen = cost["steps"] * np.mean([len(batch) for batch in batches])
-        expected = [str(cost["steps"]), f"{seen / 1000:.1f}", f"{cost['steps'] / 100:.1f}"]
+        expected = [str(cost["steps"]), f"{seen / 1000:.1f}", f"{cost['steps'] / 100:.2f}"]
         assert found[row][:4] == [*expected, str(PLANNED[row])]
         assert found[row][4].startswith(f"{aucs[row].mean():.3f} ")
     assert found["Hash-6"][1] == "85.7"  # 100 epochs of 857
@@ -293,9 +293,9 @@ def test_what_it_takes_to_reach_all(tmp_path):
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     # halfway between 350 and 700 steps, on a logarithmic scale; 7 batches an epoch
     steps = 350 * 2**0.5
-    hash_6 = [f"{steps:.0f}", f"{steps * 857 / 7 / 1000:.1f}", f"{steps * 0.6 / 60:.1f}"]
+    hash_6 = [f"{steps:.0f}", f"{steps * 857 / 7 / 1000:.1f}", f"{steps * 0.6 / 60:.2f}"]
     assert lines[2:] == [
-        ["ALL", "700", f"{700 * 6075 / 48 / 1000:.1f}", "7.0"],
+        ["ALL", "700", f"{700 * 6075 / 48 / 1000:.1f}", "7.00"],
         ["Hash-6", *hash_6],
         ["Random-matched", "more than 2100", "-", "-"],
         ["ALL-double", "at most 700", f"at most {700 * 6075 / 24 / 1000:.1f}", "at most 7.0"],
