@@ -6,6 +6,7 @@ from pathlib import Path
 from conftest import write_covid_ct
 
 from common import toy
+from common.study import study
 
 ROOT = Path(__file__).parent.parent
 TINY = {  # appended to a command, where the last of two flags counts
@@ -34,6 +35,26 @@ def test_the_commands_of_the_readme(tmp_path, here, monkeypatch):
         tiny = [] if subcommand else TINY[script]
         here(script, *arguments, *tiny)
     assert (tmp_path / "figure.svg").exists()
+
+
+def rows_below(text, heading):
+    """{row: {column: cell}} of the first Markdown table below a heading."""
+    lines = text.split(heading)[1].split("\n## ")[0].splitlines()
+    first, _, *rest = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    head = [cell.strip() for cell in first]
+    return {cells[0].strip(): dict(zip(head, map(str.strip, cells))) for cells in rest}
+
+
+def test_the_table_of_the_study_is_what_its_command_prints():
+    shown = rows_below((ROOT / "README.md").read_text(), "Printed by `.venv/bin/python evaluate.py")
+    printed = rows_below(study(ROOT / "results" / "study" / "results.csv"), "## All rows")
+    columns = {"organ, 1 % of labels": "organ 1 %", "organ, 100 %": "organ 100 %"}
+    columns["organ 1 %: difference to ALL"] = "difference to ALL"
+    assert len(shown) == 14
+    for row, cells in shown.items():
+        for column, cell in cells.items():
+            full = printed[row][columns.get(column, column)]
+            assert cell and full.startswith(cell), (row, column)
 
 
 def test_the_commands_of_run_it_are_those_of_reproduce(run):

@@ -79,6 +79,16 @@ def test_a_second_call_does_nothing_again(made, run):
     assert "---" not in again.split("# ")[0] and (out / "tables.md").read_text() in again
 
 
+def test_a_line_that_is_deleted_is_evaluated_again(made, run):
+    out, command, _ = made["rows"]
+    *lines, last = (out / "results.csv").read_text().splitlines(keepends=True)
+    tables = (out / "tables.md").read_text()
+    (out / "results.csv").write_text("".join(lines))
+    again = run(*command, program="bash").stdout
+    assert again.count("\n--- ") == 1 and (out / "tables.md").read_text() == tables
+    assert len((out / "results.csv").read_text().splitlines()) == len(lines) + 1
+
+
 def test_a_study_of_one_run(made):
     """Evaluated on all tasks."""
     out, _, done = made["study"]
@@ -99,6 +109,8 @@ def test_a_study_of_one_run(made):
         (["--seeds", "0"], "--seeds 0: must be a whole number"),
         (["--pretrain", "--epoch-size=100"], "pretrain.py: error"),
         (["--seeds", "3", "--evaluate", "--seeds 2"], "--seeds 2 leaves some of the 3 encoders"),
+        (["--pretrain", "--device nonsense"], "nonsense is no device"),
+        (["--pretrain", "--help"], "error: pretrain selection.csv run --help"),
         (["--reduce", "--size 0"], "--size 0 is not a number of pixels"),
         (
             ["--pretrain", "--size 16 --precision bfloat16 --device cpu"],

@@ -298,7 +298,7 @@ def test_what_it_takes_to_reach_all(tmp_path):
         ["ALL", "700", f"{700 * 6075 / 48 / 1000:.1f}", "7.00"],
         ["Hash-6", *hash_6],
         ["Random-matched", "more than 2100", "-", "-"],
-        ["ALL-double", "at most 700", f"at most {700 * 6075 / 24 / 1000:.1f}", "at most 7.0"],
+        ["ALL-double", "at most 700", f"at most {700 * 6075 / 24 / 1000:.1f}", "at most 7.00"],
     ]
 
 

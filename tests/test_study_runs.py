@@ -189,12 +189,13 @@ def test_lines_that_are_not_of_the_study_harm_no_run_and_are_kept(study):
     study("--seeds", 1, rows="scratch ALL")
     lines = read_results(study.out / "results.csv")
     others = [lines[0] | {"protocol": "finetune", "seed": str(seed)} for seed in range(5)]
+    others += [line | {"name": "imagenet"} for line in lines[:2]]
     write_results(study.out / "results.csv", [*lines, *others])
     done = study("--seeds", 2, rows="scratch ALL")
     assert "not evaluated whole" not in done.text and done.trained == ["ALL-seed-1"]
     assert done.runs == all_runs(2, "scratch ALL")
     kept = read_results(study.out / "results.csv")
-    assert [line for line in kept if line["protocol"] == "finetune"] == others
+    assert [line for line in kept if line in others] == others
 
 
 def test_a_run_that_a_merge_has_doubled_is_made_again(study):
@@ -210,6 +211,18 @@ def test_a_run_that_a_merge_has_doubled_is_made_again(study):
     assert len(read_results(path)) == 2 * len(OUTCOMES)
     path.write_text(path.read_text() + "=======\n")
     assert "cut short, or of a merge" in study("--seeds", 1, rows="scratch ALL", ok=False).text
+
+
+def test_results_of_other_encoders_than_the_records_are_made_again(study):
+    """As results.csv and runs.jsonl of two machines leave them; what is dropped is kept apart."""
+    study("--seeds", 1, rows="scratch ALL")
+    path = study.out / "results.csv"
+    lines = [line | {"encoder": f"{line['name']} elsewhere"} for line in read_results(path)]
+    write_results(path, lines)
+    done = study("--seeds", 1, rows="scratch ALL")
+    assert "ALL seed 0: not evaluated whole" in done.text
+    assert "elsewhere" not in path.read_text()
+    assert read_results(study.out / "results-dropped.csv") == lines
 
 
 @pytest.mark.parametrize("name", ["results.csv", "runs.jsonl"])
