@@ -1,18 +1,25 @@
-"""Output files that are complete or absent, locks, digests of the code, one-line errors."""
+"""Output files that are complete or absent, what made them, flags' types, one-line errors."""
 
+import argparse
 import ast
-import csv
 import fcntl
 import hashlib
+import json
 import os
 import sys
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = ".unfinished"  # ends the names of files that are being written
+SHOW = ("common/tables.py", "common/figure.py", "common/pictures.py", "common/toy.py")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "imagehash", "scikit-learn", "pydicom")
+
+
+# --- Scripts: flags and errors.
 
 
 def fail(message):
@@ -29,6 +36,34 @@ def run_script(main):
         main()
     except KeyboardInterrupt:
         raise SystemExit("stopped: start it again with the same command and it goes on") from None
+
+
+class Flags(argparse.ArgumentParser):
+    """An argument parser whose help keeps the docstring's lines and whose errors are one line."""
+
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **more):
+        super().__init__(formatter_class=formatter_class, **more)
+
+    def error(self, message):
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def number(kind=float, least=-inf, above=-inf, most=inf):
+    """The `type` of a flag: an int or a float within these limits."""
+
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and value > above):
+            limits = {"at least": least, "above": above, "at most": most}
+            wanted = [f"{word} {limit}" for word, limit in limits.items() if abs(limit) < inf]
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(wanted)}")
+        return value
+
+    parse.__name__ = "number"  # as argparse calls it
+    return parse
+
+
+# --- Files: complete or absent.
 
 
 @contextmanager
@@ -58,20 +93,6 @@ def exclusive(folder):
                 folder.rmdir()
 
 
-@contextmanager
-def locked(path):
-    """Hold path's lock file, `path.lock`, for the moment of changing path; others wait for it."""
-    lock_path = Path(path).with_name(Path(path).name + ".lock")
-    try:
-        lock_path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(lock_path, "w")
-    except OSError as error:
-        fail(f"{lock_path}: {error.strerror}")
-    with lock:
-        flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def flock(file, operation):
     """fcntl.flock; on a file system without locks it warns, and the run goes on."""
     try:
@@ -79,11 +100,8 @@ def flock(file, operation):
     except BlockingIOError:  # another process holds the lock
         raise
     except OSError as error:
-        print(
-            f"warning: {file.name}: this file system has no locks ({error.strerror}): "
-            "do not start two runs on the same output",
-            file=sys.stderr,
-        )
+        why = f"this file system has no locks ({error.strerror})"
+        print(f"warning: {file.name}: {why}: do not start two runs here", file=sys.stderr)
 
 
 @contextmanager
@@ -107,75 +125,93 @@ def atomic_write(path, text=False):
         raise
 
 
-def csv_line(file, cells):
-    """Write one line of a CSV file, also where a file's name holds a lone carriage return.
+def append_lines(path, text, head=""):
+    """Append whole lines to a file that several processes write to; `head` comes first of all.
 
-    csv itself would leave that unquoted.
+    What a killed process, or a full disk, left of a line is taken away.
     """
-    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
-    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write((text if whole else head + text).encode())
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+
+
+def whole_lines(path):
+    """The lines of a file that append_lines wrote; none where there is no file."""
+    text = path.read_text() if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def read_json(path, lines=False):
+    """The object of a JSON file, or the list of those in its lines; one line if it is damaged."""
+    try:
+        if lines:
+            return [json.loads(line) for line in whole_lines(path)]
+        return json.loads(path.read_text())
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except ValueError:
+        fail(f"{path}: damaged: delete it, and make it again")
+
+
+# --- What made a product: its settings, and the code that had a part in it.
+
+
+def code(*but):
+    """{file: digest} of the project's files that the running script has imported.
+
+    Less those that only show what was made, and those named, which have no part in a product.
+    """
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    files = [Path(file).resolve() for file in files if "site-packages" not in file]
+    ours = [file for file in files if file.is_relative_to(ROOT) and file.suffix == ".py"]
+    ours = [file for file in ours if not file.is_relative_to(sys.base_prefix)]  # Python in ROOT
+    names = {file.relative_to(ROOT).as_posix() for file in ours} - {*SHOW, *but}
+    return {name: digest(name) for name in sorted(names) if digest(name)}
+
+
+@cache
+def digest(name):
+    """8 hex digits of a file's syntax tree; None where it is gone. Comments, layout and
+    docstrings do not count."""
+    try:
+        tree = ast.parse((ROOT / name).read_text())
+    except OSError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
+def refuse_other(product, made, settings, remedy):
+    """Stop with one line, which names what differs, if a product was made otherwise.
+
+    made: what it recorded, {"settings": {name: value}, "code": code()}. settings: today's. The
+    recorded files are compared with what they hold today.
+    """
+    try:
+        before = made["settings"] | made["code"]
+        now = settings | {name: digest(name) for name in made["code"]}
+    except (KeyError, TypeError):
+        fail(f"{product}: does not say what made it: {remedy}")
+    changed = [
+        f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        fail(f"{product}: was made otherwise ({', '.join(changed)}): {remedy}")
 
 
 def versions():
     """Versions of the packages that decide the results."""
-    names = ["torch", "torchvision", "numpy", "pillow", "imagehash", "scikit-learn", "pydicom"]
-    return {name: version(name) for name in names}
-
-
-@cache
-def code_digest(*names):
-    """{name: 8 hex digits} for files of this package, such as "common/simclr.py".
-
-    A digest of the syntax tree: comments, layout and docstrings do not count, any other edit does.
-    Every product records the digests of the files that decide it, so that it is never mistaken
-    for one of an edited script.
-    """
-    return {name: syntax_digest((ROOT / name).read_text()) for name in names}
-
-
-def one_digest(*names):
-    """8 hex digits over the code_digest of several files."""
-    return hashlib.sha256(repr(code_digest(*names)).encode()).hexdigest()[:8]
-
-
-def syntax_digest(source):
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return hashlib.sha256(repr(syntax(tree)).encode()).hexdigest()[:8]
-
-
-def syntax(node):
-    """A syntax tree as nested tuples, the same in every version of Python.
-
-    ast.dump is not: newer versions have fields that are empty here, or cut f-strings otherwise.
-    """
-    if isinstance(node, list):
-        return [syntax(item) for item in node]
-    if isinstance(node, ast.Constant):
-        return repr(node.value)
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
-    if isinstance(node, ast.JoinedStr):
-        parts = [part for part in node.values if getattr(part, "value", None) != ""]
-        fields = [("values", parts)]
-    return (type(node).__name__, *((name, syntax(value)) for name, value in fields))
-
-
-def check_code(product, before, now, remedy):
-    """Stop with one line if a product's recorded code_digest is not today's.
-
-    remedy: what to do, such as "give another OUT, or delete this one".
-    """
-    before = before if isinstance(before, dict) else {}
-    edited = [name for name in now if before.get(name) != now[name]]
-    if edited:
-        fail(f"{product}: was made by another version of {', '.join(edited)}: {remedy}")
-
-
-if __name__ == "__main__":  # one digest of the named files, by which reproduce.sh notices edits
-    print(one_digest(*sys.argv[1:]))
+    return {name: version(name) for name in PACKAGES}

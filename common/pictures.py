@@ -1,7 +1,11 @@
 """A contact sheet of a selection: what was kept, how much each kept slice stands for, and where."""
 
+from os.path import dirname
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from common.store import read_lines
 
 TILE, COLUMNS, MAX_VOLUMES = 112, 10, 8  # pixels a slice, slices a volume, volumes a sheet
 TITLE, LABEL, STRIP, GAP = 22, 16, 12, 14  # heights in pixels
@@ -11,50 +15,57 @@ WIDTH = COLUMNS * TILE
 def contact_sheet(name, store, representative):
     """Pillow image: for up to 8 volumes, up to 10 kept slices in z order, each with the number it
     stands for (x12), over a strip along z, bright where a slice was kept."""
+    files = [line["file"] for line in read_lines(store.path.with_suffix(".csv"))]
     volumes = spread_over(np.arange(len(store.volumes)), MAX_VOLUMES)
     height = TITLE + TILE + LABEL + STRIP + GAP
     sheet = Image.new("RGB", (GAP + WIDTH + GAP, TITLE + GAP + len(volumes) * height), "black")
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(13)
-    n = len(representative)
-    kept = (representative == np.arange(n)).sum()
+    kept = len(np.unique(representative))
     heading = (
-        f"{name}: {kept} of {n} slices kept in {len(store.volumes)} volumes; "
-        "xN: a kept slice stands for N; strip: z, bright = kept"
+        f"{name}: {kept} of {len(representative)} slices kept, "
+        f"{len(volumes)} of {len(store.volumes)} volumes shown;  "
+        "xN: stands for N slices;  strip: z, kept slices gold, those not shown darker"
     )
     draw.text((GAP, GAP // 2), heading, "white")
     for i, volume in enumerate(volumes):
-        draw_volume(sheet, draw, TITLE + GAP + i * height, store, volume, representative)
+        place, slices = store.names[volume], store.volumes[volume]
+        file = files[slices[0]]
+        if not file.startswith(place):  # of DICOM: it is a UID
+            place = dirname(file) or file
+        top = TITLE + GAP + i * height
+        place = place.encode(errors="replace").decode()  # of a name that is not UTF-8
+        draw_volume(sheet, draw, top, place, store.slices, slices, representative)
     return sheet
 
 
-def draw_volume(sheet, draw, top, store, volume, representative):
-    """A line of text, a row of slices with their labels, and the strip, from `top` down."""
-    rows = store.volumes[volume]
-    kept = rows[representative[rows] == rows]
-    heading = f"...{store.names[volume][-32:]}: {len(kept)} of {len(rows)} slices kept"
+def draw_volume(sheet, draw, top, place, pixels, slices, representative):
+    """A line of text, a row of kept slices with their labels, and the strip, from `top` down."""
+    kept = slices[representative[slices] == slices]
+    shown = spread_over(kept, COLUMNS)
+    heading = f"{place[-100:]}: {len(kept)} of {len(slices)} slices kept"
+    if len(shown) < len(kept):
+        heading += f", {len(shown)} of {len(kept)} shown"
     draw.text((GAP, top), heading, "white")
-
     tiles_top = top + TITLE
-    for column, row in enumerate(spread_over(kept, COLUMNS)):
+    for column, index in enumerate(shown):
         left = GAP + column * TILE
-        tile = Image.fromarray(store.slices[row])
-        tile = tile.resize((TILE - 2, TILE - 2), Image.Resampling.BILINEAR)
+        side = TILE - 2
+        tile = Image.fromarray(pixels[index]).resize((side, side), Image.Resampling.BILINEAR)
         sheet.paste(tile, (left, tiles_top))
-        label = f"slice {row - rows[0]}  x{(representative == row).sum()}"
+        label = f"slice {index - slices[0]}  x{np.count_nonzero(representative == index)}"
         draw.text((left, tiles_top + TILE - 1), label, "khaki")
-
     strip_top = tiles_top + TILE + LABEL
     strip_bottom = strip_top + STRIP - 1
     draw.rectangle((GAP, strip_top, GAP + WIDTH - 1, strip_bottom), fill=(70, 70, 70))
-    for row in kept:
-        left = GAP + (row - rows[0]) * WIDTH // len(rows)
-        right = left + max(1, WIDTH // len(rows) - 1)
-        draw.rectangle((left, strip_top, right, strip_bottom), fill="gold")
+    for index in kept:
+        left = GAP + (index - slices[0]) * WIDTH // len(slices)
+        right = left + max(1, WIDTH // len(slices) - 2)
+        color = "gold" if index in shown else "peru"
+        draw.rectangle((left, strip_top, right, strip_bottom), fill=color)
 
 
 def spread_over(items, count):
     """Up to `count` of the items, at even distances, the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return items[np.linspace(0, len(items) - 1, count).round().astype(int)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return items[places.round().astype(int)]

@@ -1,227 +1,248 @@
-"""Which slices stay: the greedy rule, the baselines, budgets, and the dose that is left.
+"""Which slices stay: the strategies and their table, budgets, and the dose that is left.
 
-Everything here works on one group of slices in z order (a volume, or the whole data set) and finds,
-for each slice, the index of the kept slice that stands for it (its representative); a kept slice
-stands for itself. Knows nothing of files, DICOM or training.
+A strategy works on one group of slices in z order, a volume or the whole data set. For a new one
+write a function of one of these kinds and name it in STRATEGIES below: the flags of reduce.py,
+their checks, the names of selections and --help follow from that table.
+
+    by_threshold(group, threshold) -> for each slice (index of the kept slice that stands for it,
+                                      similarity to that slice), each [n]
+    by_count(group, count)         -> indices of the `count` slices that stay
 """
 
 import math
-from itertools import cycle
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from common.hashing import NEAR_DUPLICATE, hamming, hash_index
-from common.similarity import cosine, unit_length
+from common.hashing import NEAR_DUPLICATE, hamming, near_duplicates
+from common.similarity import mutual_information, ssim
 
 BATCH = 128  # slices: the paper's, for which the dose is given
-INDEXED = 4096  # slices from which on the hash index is faster than comparing all
-BLOCK = 256  # embeddings compared with all others by one matrix product
 
 
-def greedy(n, compare, similar):
-    """The paper's rule (official code): keep the first remaining slice, drop every remaining one
-    that is similar to it, repeat.
+class Group(NamedTuple):
+    """What a strategy may look at."""
 
-    n: number of slices. compare(first, others): similarity of slice `first` to each of the index
-    array `others`. similar(similarities): bool mask. Returns (representative, similarity to it),
-    each [n]; a kept slice is compared with itself.
+    hashes: np.ndarray  # uint64 [n], of the full resolution
+    slices: np.ndarray  # uint8 [n, size, size]
+    features: np.ndarray  # float32 [n, width], by --encoder; else of width 0
+    rng: np.random.Generator  # from --seed; one for all groups, but in worker processes a copy each
+
+
+class Strategy(NamedTuple):
+    """How slices are selected, and which flags go with it. Without a function all stay."""
+
+    meaning: str  # for --help
+    by_threshold: Callable | None = None
+    by_count: Callable | None = None
+    default: float | None = None  # threshold
+    thresholds: range | None = None  # whole ones; None: those of a similarity, -1 to 1
+    looks_at: str = "hashes"  # or "pixels" (in worker processes), or "features" (of --encoder)
+    over_dataset: bool = False  # whether it can take --scope dataset
+
+
+# --- Strategies that have a threshold.
+
+
+def greedy(items, compare, threshold):
+    """The paper's rule (official code): keep the first remaining slice, drop all similar to it.
+
+    items: one a slice, [n] or [n, width]. compare(first, others): similarity of an item to each of
+    several, [others]; they are similar at `threshold` or more. Returns (representative, similarity
+    to it), each [n]; a kept slice is compared with itself.
     """
-    representative = np.arange(n)
-    similarity = np.zeros(n)
-    remaining = np.arange(n)
+    representative = np.empty(len(items), int)
+    similarity = np.empty(len(items))
+    remaining = np.arange(len(items))
     while len(remaining):
-        first = remaining[0]
-        compared = compare(first, remaining)
-        represented = similar(compared)
-        represented[0] = True
-        representative[remaining[represented]] = first
-        similarity[remaining[represented]] = compared[represented]
-        remaining = remaining[~represented]
+        compared = compare(items[0], items)
+        leaves = compared >= threshold
+        leaves[0] = True
+        representative[remaining[leaves]] = remaining[0]
+        similarity[remaining[leaves]] = compared[leaves]
+        items = items[~leaves]
+        remaining = remaining[~leaves]
     return representative, similarity
 
 
-def select_hash(hashes, threshold):
-    """Greedy on dHash: similar when at most `threshold` bits differ (paper: 6; drafts: 3 and 12).
+def by_hash(group, bits):
+    """Greedy on dHash: similar when at most `bits` bits differ (paper: 6; drafts: 3, 12)."""
+    representative, similarity = greedy(group.hashes, lambda a, b: -hamming(a, b), -bits)
+    return representative, -similarity.astype(int)
 
-    hashes: uint64 [n]. Returns the representatives.
+
+def by_pixels(measure, group, threshold):
+    """Greedy on a measure of similarity.py (our choice)."""
+    compare = measure(np.asarray(group.slices))
+    return greedy(np.arange(len(group.slices)), compare, threshold)
+
+
+def by_features(group, threshold):
+    """Greedy on the cosine of features (our choice)."""
+    unit = group.features
+    for _ in range(2):  # the first division leaves rounding errors
+        unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    return greedy(unit, lambda first, others: others @ first, threshold)
+
+
+def every_nth(group, step):
+    """Keep every step-th slice; the others are represented by the kept one before them."""
+    index = np.arange(len(group.hashes))
+    representative = index - index % step
+    return representative, hamming(group.hashes, group.hashes[representative])
+
+
+# --- Strategies that keep a given number.
+
+
+def evenly(group, count):
+    """Slices at even distances, from the first on: every-n at a budget."""
+    n = len(group.hashes)
+    return np.arange(count) * n // count
+
+
+def at_random(group, count):
+    """Slices drawn without replacement."""
+    return group.rng.choice(len(group.hashes), count, replace=False)
+
+
+def most_redundant(group, count):
+    """The slices most similar to others: the opposite of greedy.
+
+    First those with the most near-duplicates, of these those with the fewest bits of difference to
+    all others, then in z order. Our choice, after SAS (Joshi and Mirzasoleiman, ICML 2023): for
+    contrastive learning the examples most similar to others matter most.
     """
-    if len(hashes) > INDEXED and threshold <= 10:
-        return greedy_indexed(hashes, threshold)
-
-    def compare(first, others):
-        return hamming(hashes[first], hashes[others])
-
-    return greedy(len(hashes), compare, lambda bits: bits <= threshold)[0]
+    near = near_duplicates(group.hashes, NEAR_DUPLICATE).sum(1)
+    bits = [hamming(one, group.hashes).sum() for one in group.hashes]
+    return np.lexsort((bits, -near))[:count]  # equal ones stay in z order
 
 
-def select_similar(n, compare, threshold):
-    """Greedy on a similarity: similar at `threshold` or more (our choice). As greedy otherwise."""
-    return greedy(n, compare, lambda similarities: similarities >= threshold)
-
-
-# --- Greedy, fast: the same selections where comparing each kept slice with all would take hours.
-
-
-def greedy_indexed(hashes, threshold):
-    """select_hash for a whole data set: only slices that the hash index names are compared."""
-    candidates = hash_index(hashes, threshold)
-    representative = np.arange(len(hashes))
-    remaining = np.ones(len(hashes), bool)
-    for first in range(len(hashes)):
-        if not remaining[first]:
-            continue
-        near = candidates(first)
-        near = near[remaining[near]]
-        near = near[hamming(hashes[first], hashes[near]) <= threshold]
-        representative[near] = first
-        remaining[near] = False
-    return representative
-
-
-def select_embeddings(features, threshold):
-    """Greedy on the cosine of embeddings, float32 [n, d], block after block.
-
-    A block's kept slices are compared with everything after it by matrix products, which read the
-    embeddings once a block, not once a kept slice. The same as select_similar on all of them, but
-    for a cosine within rounding (1e-6) of the threshold.
-    """
-    unit = unit_length(features)
-    representative = np.arange(len(unit))
-    similarity = np.zeros(len(unit))
-    remaining = np.arange(len(unit))
-    while len(remaining):
-        block = remaining[:BLOCK]
-        found, compared = select_similar(len(block), cosine(unit[block]), threshold)
-        representative[block] = block[found]
-        similarity[block] = compared
-        kept = block[np.unique(found)]
-
-        later = []
-        for start in range(BLOCK, len(remaining), 16 * BLOCK):
-            rows = remaining[start : start + 16 * BLOCK]
-            compared = unit[rows] @ unit[kept].T
-            first = (compared >= threshold).argmax(1)  # the kept slice that comes first
-            compared = compared[np.arange(len(rows)), first]
-            represented = compared >= threshold
-            representative[rows[represented]] = kept[first[represented]]
-            similarity[rows[represented]] = compared[represented]
-            later.append(rows[~represented])
-        remaining = np.concatenate([remaining[:0], *later])
-    return representative, similarity
-
-
-# --- The baselines.
-
-
-def select_every(n, step):
-    """Keep every step-th of n slices; the others are represented by the kept one before them."""
-    index = np.arange(n)
-    return index - index % step
-
-
-def select_evenly(n, count):
-    """Keep `count` of n slices at even distances, from the first on: every-n at a budget."""
-    return nearest_kept(n, np.arange(count) * n // count)
-
-
-def select_random(n, count, rng):
-    """Keep `count` of n slices, drawn without replacement from the numpy Generator."""
-    return nearest_kept(n, np.sort(rng.choice(n, count, replace=False)))
-
-
-def select_redundant(hashes, count):
-    """Keep the `count` slices most similar to the others of their volume: the opposite of greedy.
-
-    First those with the most near-duplicates; of equally many, those with the fewest bits of
-    difference to all others; then in z order. hashes: uint64 [n], of one volume. Our choice, after
-    SAS (Joshi and Mirzasoleiman, ICML 2023): for contrastive learning the examples most similar to
-    others matter most.
-    """
-    near = count_near_duplicates(hashes)
-    bits = np.array([hamming(one, hashes).sum() for one in hashes])
-    most_similar_first = np.lexsort((bits, -near))  # equal ones stay in z order
-    return nearest_kept(len(hashes), np.sort(most_similar_first[:count]))
-
-
-def nearest_kept(n, kept):
-    """The nearest of the sorted indices `kept` to each of n slices; the lower one on a tie."""
-    middles = (kept[:-1] + kept[1:]) / 2
-    return kept[np.searchsorted(middles, np.arange(n))]
+STRATEGIES = {
+    "all": Strategy("every slice stays", over_dataset=True),
+    "every-n": Strategy(
+        "every T-th slice stays",
+        by_threshold=every_nth,
+        by_count=evenly,
+        default=8,  # ours
+        thresholds=range(1, 10**6),
+        over_dataset=True,
+    ),
+    "random": Strategy("slices drawn at random stay", by_count=at_random, over_dataset=True),
+    "redundant": Strategy(
+        "the slices most similar to others stay: the opposite of hash", by_count=most_redundant
+    ),
+    "hash": Strategy(
+        "no two stay that differ in at most T of the 64 bits of dHash",
+        by_threshold=by_hash,
+        default=6,  # the paper's best
+        thresholds=range(65),
+        over_dataset=True,
+    ),
+    "ssim": Strategy(
+        "no two stay with a structural similarity of T or more",
+        by_threshold=partial(by_pixels, ssim),
+        default=0.7,  # ours: near the budget of hash at 6
+        looks_at="pixels",
+    ),
+    "mi": Strategy(
+        "no two stay with a normalised mutual information of T or more",
+        by_threshold=partial(by_pixels, mutual_information),
+        default=0.45,  # as for ssim
+        looks_at="pixels",
+    ),
+    "embedding": Strategy(
+        "no two stay with features (of --encoder) of a cosine of T or more",
+        by_threshold=by_features,
+        default=0.997,  # as for ssim, with encoders of pretrain.py; for others use --keep
+        looks_at="features",
+    ),
+}
 
 
 # --- Budgets.
 
 
-def share_out(sizes, share):
-    """How many slices each group keeps at a budget: in proportion to its size, at least 1.
+def keep_count(choose, group, count):
+    """A function by_count -> what one by_threshold returns: to the nearest kept slice, in bits."""
+    kept = np.sort(choose(group, count))
+    middles = (kept[:-1] + kept[1:]) / 2
+    index = np.arange(len(group.hashes))
+    representative = kept[np.searchsorted(middles, index)]  # the lower one on a tie
+    return representative, hamming(group.hashes, group.hashes[representative])
 
-    sizes: slices of each group, int [groups]. share: of all slices, in (0, 1]. In all they are
-    share * sizes.sum(), rounded, or one a group where that is more.
+
+def share_out(sizes, budget):
+    """How many slices each group keeps: in proportion to its size, at least 1.
+
+    sizes: slices of each group, int [groups]. budget: of all slices, their number (int) or share
+    (float); exceeded only where there are more groups.
     """
+    share = budget if isinstance(budget, float) else budget / np.sum(sizes)
     edges = np.rint(np.cumsum(sizes) * share).astype(int)
     counts = np.maximum(1, np.diff(edges, prepend=0))
-    budget = max(edges[-1], len(sizes))
-    while counts.sum() > budget:  # groups too small for a slice of their share took one more
+    total = max(edges[-1], len(sizes))
+    while counts.sum() > total:  # groups too small for a slice of their share took one more
         counts[counts.argmax()] -= 1
     return counts
 
 
-def closest(kept, target):
-    """Of {threshold: slices kept} the threshold closest to `target` slices; on a tie the lower."""
-    return min(kept, key=lambda threshold: (abs(kept[threshold] - target), threshold))
+def search(select_at, strategy, target):
+    """(threshold, its selection) that keep closest to `target` slices; the lower one on a tie.
 
-
-def search_threshold(count, groups, total, target, guess):
-    """The threshold of a similarity (-1 to 1) that keeps closest to `target` slices: to 0.01 % of
-    all, or to 2e-7 of the threshold.
-
-    count(threshold): slices kept, growing with it. groups, total: slices kept at -1 (one a group)
-    and above 1 (all). guess: where to start. Bisection and interpolation take turns: the logarithm of the count
-    is nearly straight, but where it is not, interpolation alone would crawl.
+    select_at(threshold) -> (representative, similarity). Whole thresholds are all tried. Those of a
+    similarity are searched, from the strategy's default on, to 0.01 % of the slices or to 2e-7.
     """
-    if target <= groups:
-        return -1.0
+    best = math.inf, math.inf, None  # slices too many or too few, threshold, selection
+
+    def count_at(threshold):
+        nonlocal best
+        selection = select_at(threshold)
+        kept = len(np.unique(selection[0]))
+        best = min(best, (abs(kept - target), threshold, selection), key=lambda tried: tried[:2])
+        return kept
+
+    if strategy.thresholds:
+        for threshold in strategy.thresholds:
+            count_at(threshold)
+        return best[1:]
+
     low, high = -1.0, 1.0
-    kept = {low: groups}
-    for interpolate in cycle([False, True]):
-        kept[guess] = count(guess)
-        if kept[guess] < target:
-            low = guess
+    kept_low = count_at(low)
+    kept_high = len(best[2][0])  # above 1 all stay
+    close = max(0.5, 1e-4 * kept_high)
+    threshold = strategy.default or 0.5
+    interpolate = False
+    while kept_low < target and best[0] > close and high - low > 2e-7:
+        kept = count_at(threshold)
+        if kept < target:
+            low, kept_low = threshold, kept
         else:
-            high = guess
-        missed = abs(kept[closest(kept, target)] - target)
-        if missed <= max(0.5, 1e-4 * total) or high - low <= 2e-7:
-            return closest(kept, target)
-        step = 0.5
-        if interpolate:
-            kept_high = kept.get(high, total)
-            step = float(np.log(target / kept[low]) / np.log(kept_high / kept[low]))
-        guess = round(low + (high - low) * min(max(step, 0.05), 0.95), 8)
-
-
-# --- The dose: what the paper's hypothesis is about.
-
-
-def count_near_duplicates(hashes):
-    """How many of the other slices of a volume differ from each in at most 6 bits of dHash.
-
-    hashes: uint64 [n] -> int [n].
-    """
-    within = [np.count_nonzero(hamming(one, hashes) <= NEAR_DUPLICATE) for one in hashes]
-    return np.array(within) - 1  # without itself
+            high, kept_high = threshold, kept
+        share = 0.5
+        if interpolate:  # the logarithm of the count is nearly straight, but not everywhere
+            share = math.log(target / kept_low) / math.log(kept_high / kept_low)
+            share = min(max(share, 0.05), 0.95)
+        threshold = round(low + (high - low) * share, 8)
+        interpolate = not interpolate
+    return best[1:]
 
 
 def expected_dose(hashes, volumes):
     """Near-duplicates that a kept slice meets among the others of its batch, on average.
 
-    hashes, volumes: dHash and number of the volume of the kept slices, [n]; only slices of the same
-    volume count. Batches as in pretrain.py: shuffled, near-equal, of up to 128. Our measure.
+    This is what the paper's hypothesis is about; the measure is ours. hashes, volumes: of the kept
+    slices, [n]; only slices of one volume count. Batches as in pretrain.py: shuffled, near-equal,
+    of up to 128.
     """
     n = len(hashes)
     if n < 2:
         return 0.0
     near = sum(
-        count_near_duplicates(hashes[volumes == volume]).sum() for volume in np.unique(volumes)
+        near_duplicates(hashes[volumes == volume], NEAR_DUPLICATE).sum()
+        for volume in np.unique(volumes)
     )
     batch = n / math.ceil(n / BATCH)
     return float(near / n * (batch - 1) / (n - 1))

@@ -1,43 +1,18 @@
-"""How alike two slices are: SSIM, mutual information, cosine of embeddings. 1 for equal slices.
+"""How alike two slices are: SSIM, mutual information. 1 for equal slices.
 
-Each measure takes the slices (or features) of one volume, works out what concerns a single slice,
-and returns compare(first, others): the similarity of slice `first` to each slice of the index
-array `others`. For another similarity of pixels, write such a function, name it in MEASURES below,
-and run `reduce.py --strategy NAME --keep 0.1`.
+A measure of pixels takes the slices of one volume, uint8 [n, size, size], works out what concerns a
+single slice, and returns compare(first, others): the similarity of slice `first` to each slice of
+the index array `others`. For another one write such a function and name it in the table STRATEGIES
+of reduction.py.
 """
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+
+from common.files import fail
 
 SIGMA, RADIUS = 1.5, 5  # pixels: an 11 x 11 Gaussian window (Wang et al. 2004)
-GAUSSIAN = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
-GAUSSIAN /= GAUSSIAN.sum()
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # K1, K2 and the range of 8 bits (Wang et al. 2004)
 BINS = 32  # of the joint histogram, on each axis (our choice)
-
-
-def plain_ssim(x, y):
-    """Mean structural similarity of two slices over all windows inside: the definition, slow.
-
-    Wang et al. 2004, equations 13 to 16; as scikit-image's structural_similarity with
-    gaussian_weights, sigma 1.5, use_sample_covariance False and data_range 255.
-    x, y: uint8 [size, size], size at least 11.
-    """
-    weights = np.outer(GAUSSIAN, GAUSSIAN)
-
-    def window_means(image):
-        return (weights * sliding_window_view(image, weights.shape)).sum((2, 3))
-
-    x = x.astype(float)
-    y = y.astype(float)
-    mean_x = window_means(x)
-    mean_y = window_means(y)
-    variance_x = window_means(x * x) - mean_x**2
-    variance_y = window_means(y * y) - mean_y**2
-    covariance = window_means(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
-    structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
-    return (luminance * structure).mean()
 
 
 def mutual_information(slices):
@@ -68,33 +43,26 @@ def mutual_information(slices):
     return compare
 
 
-def cosine(features):
-    """Cosine of embeddings: float32 [n, d], of any length but 0."""
-    unit = unit_length(features)
+# --- SSIM. Means over a Gaussian window are separable: a product with a band matrix on each axis.
+# --- This and what is worked out once a slice make it some 20 times as fast as scikit-image.
 
-    def compare(first, others):
-        return unit[others] @ unit[first]
-
-    return compare
-
-
-def unit_length(features):
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-# --- SSIM, fast: plain_ssim to 1e-5, some hundred times as quick. A window's weighted mean is
-# --- separable, so it is a product with a band matrix on each axis; what concerns one slice alone
-# --- (means, variances) is worked out once a volume.
-
-ROWS = 24  # worked out by one product: the band is mostly zeros, so small pieces waste less
-# [ROWS, ROWS + 10]: each row holds the 1-D window, one place further than the row before
-BAND = np.stack([np.roll(np.pad(GAUSSIAN, (0, ROWS - 1)), row) for row in range(ROWS)])
+GAUSSIAN = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
+GAUSSIAN /= GAUSSIAN.sum()
+HEIGHT = 24  # of a product's result: the band is mostly zeros, so small pieces waste less
+# [HEIGHT, HEIGHT + 10]: each row holds the window, one place further than the row before
+BAND = np.stack([np.roll(np.pad(GAUSSIAN, (0, HEIGHT - 1)), row) for row in range(HEIGHT)])
 BAND = BAND.astype(np.float32)
 
 
 def ssim(slices):
-    """plain_ssim for the slices of a volume: uint8 [n, size, size], size at least 11."""
+    """Mean structural similarity over all windows inside the slices; see above for a measure.
+
+    Wang et al. 2004, equations 13 to 16, to 1e-5; as scikit-image's structural_similarity with
+    gaussian_weights, sigma 1.5, use_sample_covariance False and data_range 255. size: at least 11.
+    """
     n, size, _ = slices.shape
+    if size < len(GAUSSIAN):
+        fail(f"ssim needs slices of {len(GAUSSIAN)} pixels or more, not --size {size}")
     inside = size - 2 * RADIUS
     # Covariances in float32 lose fewer digits for values around 0. In coarse steps, so that air,
     # which is equal in neighbours, stays equal, and its rounding errors cancel.
@@ -137,11 +105,8 @@ def window_means(image):
 def row_means(image):
     """Gaussian-weighted means over 11 rows each: float32 [n, m] -> [n - 10, m]."""
     means = np.empty((len(image) - 2 * RADIUS, image.shape[1]), np.float32)
-    for top in range(0, len(means), ROWS):
-        piece = means[top : top + ROWS]
+    for top in range(0, len(means), HEIGHT):
+        piece = means[top : top + HEIGHT]
         reach = len(piece) + 2 * RADIUS
         np.matmul(BAND[: len(piece), :reach], image[top : top + reach], out=piece)
     return means
-
-
-MEASURES = {"ssim": ssim, "mi": mutual_information}  # of pixels, by the name of the strategy

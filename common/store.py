@@ -3,23 +3,18 @@
 OUT/slices.npy (uint8 [N, size, size], volume after volume in z order), OUT/slices.csv,
 OUT/skipped.csv and, written last, OUT/store.json, which says what the store was made from:
 without it a store does not count as finished.
-
-    python -m common.store OUT      # read all of a store: is it still as reduce.py wrote it?
 """
 
-import argparse
 import csv
 import hashlib
 import json
 import os
-import re
 import sys
-import zlib
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple
 
 import numpy as np
@@ -27,26 +22,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import ct
-from common.dicom import read_header
-from common.files import atomic_write, check_code, code_digest, csv_line, fail, run_script
-from common.hashing import check_dhash, slice_hash
-from common.volumes import find_volumes, list_files, read_headers
-from common.workers import in_order, worker_pool
+from common.files import atomic_write, code, fail, read_json, refuse_other
+from common.hashing import slice_hash
+from common.volumes import find_volumes, list_files
+from common.workers import in_order
 
-CODE = (  # what decides a store
-    "common/dicom.py",
-    "common/ct.py",
-    "common/volumes.py",
-    "common/store.py",
-    "common/hashing.py",
-)
+# Imported by reduce.py, but with no part in a store.
+SELECT = ("reduce.py", "common/reduction.py", "common/similarity.py")
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
-LARGE_FILES = ("slices.npy", "slices.csv")
-NEEDS_DECODER = "pip install"  # in the reason of a file that a plug-in could decode
-HEADERS_A_JOB = 64
-SLICES_A_JOB = 32
+A_JOB = 32  # headers or slices
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
 REMEDY = "give another OUT, or delete this one"
+AGAIN = "make it again with reduce.py"
 
 
 class Store(NamedTuple):
@@ -54,344 +41,203 @@ class Store(NamedTuple):
     slices: np.ndarray  # uint8 [N, size, size], memory-mapped
     hashes: np.ndarray  # uint64 [N], slice_hash of the full-resolution slices
     names: list[str]  # of the volumes
-    volumes: list[np.ndarray]  # the rows of each volume, in z order, one after the other
+    volumes: list[np.ndarray]  # the slices of each volume as indices, in z order
     skipped: int  # files left out, listed in skipped.csv
 
     @property
     def volume_index(self):
-        """Which volume each row belongs to: int [N]."""
-        return np.repeat(np.arange(len(self.volumes)), [len(rows) for rows in self.volumes])
+        """Which volume each slice belongs to: int [N]."""
+        return np.repeat(np.arange(len(self.volumes)), [len(volume) for volume in self.volumes])
 
 
 class Selection(NamedTuple):
     store: Store
-    kept: np.ndarray  # rows that stay, int [kept]
-    representative: np.ndarray  # the kept row that stands for each row of the store, int [N]
+    kept: np.ndarray  # indices of the slices that stay, int [kept]
+    representative: np.ndarray  # the kept slice that stands for each slice of the store, int [N]
     digest: str  # 16 hex digits: changes with the selection and with the store
+
+
+# --- Making a store.
 
 
 def check_folders(data, out):
     """Stop with one line if DATA is no folder, or if DATA and OUT lie inside each other."""
     if not data.is_dir():
         fail(f"{data}: no such folder: DATA must be a folder that holds CT slices")
-    if out.resolve().is_relative_to(data.resolve()):
-        fail(f"{out} lies inside {data}: its pictures would count as slices: choose another OUT")
-    if data.resolve().is_relative_to(out.resolve()):
-        fail(f"{data} lies inside {out}, where deleting OUT deletes data: choose another OUT")
+    for inner, outer in ((out, data), (data, out)):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            fail(f"{inner} lies inside {outer}: choose another OUT, apart from DATA")
 
 
 def open_or_build_store(data, out, size, window, workers):
-    """The Store in out, built from DATA unless out holds one already.
+    """The Store in out, built from DATA unless out holds one already; prints what is in it.
 
-    size: pixels a side. window: (center, width) in HU, or None (see ct.scale_to_uint8).
+    size: pixels a side. window: [center, width] in HU, or None (see ct.scale_to_uint8).
     Stops with one line if the store is of other data, of other settings, or of other code.
-    Prints what the store holds and what it left out.
     """
-    files = list_files(data)
-    made_from = {
-        "files": len(files),
-        "fingerprint": fingerprint(files),
-        "size": size,
-        "window": window,
-    }
+    files = list_files(data)  # with sizes and times
+    fingerprint = hashlib.sha256(repr(files).encode(errors="surrogateescape")).hexdigest()[:8]
+    settings = {"files": len(files), "fingerprint": fingerprint, "size": size, "window": window}
     if not (out / "store.json").exists():
-        build_store(data, out, [file for file, _, _ in files], made_from, workers)
-    found = read_json(out / "store.json")
-    changed = [key for key in made_from if found.get(key) != made_from[key]]
-    if "fingerprint" in changed:
-        changed = ["the files of DATA (names, sizes or times)"]
-    if changed:
-        fail(f"{out} was made from other input: {', '.join(changed)} changed; {REMEDY}")
-    store = read_store(out)
-    report(store, data)
+        build_store(data, out, [file for file, _, _ in files], settings, workers)
+    store = read_store(out, settings)
+    report(store)
     return store
 
 
-def fingerprint(files):
-    """Changes with the names, sizes and times of the files, as list_files gives them."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(repr(file).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def build_store(data, out, files, made_from, workers):
-    """Decode every slice below data in parallel, in order, into the files of a store.
-
-    files: paths relative to data. made_from: the settings, and what store.json says of DATA.
-    """
-    for features in out.glob("features-*.npy"):  # of a store that was deleted
-        features.unlink()
-    with worker_pool(workers) as pool:
-
-        def read_all_headers(paths):
-            return in_batches(pool, read_headers, paths, HEADERS_A_JOB, "header")
-
-        volumes, skipped, warnings = find_volumes(data, files, read_all_headers)
-        jobs = [
-            (os.path.join(data, file), header)  # a Path would take long to send
-            for volume in volumes
-            for file, header in zip(volume.files, volume.headers)
-        ]
-        work = partial(decode, size=made_from["size"], window=made_from["window"])
-        decoded = in_batches(pool, work, jobs, SLICES_A_JOB, "slice")
-        write_slices(data, out, volumes, decoded, made_from["size"], skipped)
-    with atomic_write(out / "skipped.csv", text=True) as file:
-        for row in [("file", "reason"), *sorted(skipped)]:
-            csv_line(file, row)
-    made = {
-        "code": code_digest(*CODE),
-        "crc32": {name: crc32(out / name) for name in LARGE_FILES},
-        "bytes": {name: (out / name).stat().st_size for name in LARGE_FILES},
-        "mtime_ns": {name: (out / name).stat().st_mtime_ns for name in LARGE_FILES},
-        "warnings": warnings,
-    }
+def build_store(data, out, files, settings, workers):
+    """Decode every slice of the files, relative to data, in parallel and in order, into a store."""
+    made = {"settings": settings, "code": code(*SELECT)}
+    size = settings["size"]
+    read_all = partial(in_parallel, unit="header", workers=workers)
+    volumes, skipped, warnings = find_volumes(data, files, read_all)
+    jobs = [
+        (volume.name, position, file, header)
+        for volume in volumes
+        for file, position, header in zip(*volume[1:], strict=True)
+    ]
+    work = partial(decode, data=str(data), size=size, window=settings["window"])
+    lines = []
+    with atomic_write(out / "slices.npy") as array:
+        write_npy_header(array, len(jobs), size)
+        results = in_parallel(work, jobs, "slice", workers)
+        for (name, position, file, _), result in zip(jobs, results, strict=True):
+            if isinstance(result, ct.Unusable):
+                skipped.append((file, str(result)))
+                continue
+            dhash, pixels = result
+            array.write(pixels)
+            lines.append((len(lines), name, position, file, dhash))
+        if not lines:
+            reasons = [reason for _, reason in skipped] or ["it is empty"]
+            fail(f"{data}: no CT slice found, for most files: {mode(reasons)}")
+        array.seek(0)
+        write_npy_header(array, len(lines), size)
+    write_csv(out / "slices.csv", [COLUMNS, *lines])
+    write_csv(out / "skipped.csv", [("file", "reason"), *sorted(skipped)])
     with atomic_write(out / "store.json", text=True) as file:
-        json.dump(made_from | made, file, indent=1)
+        json.dump(made | {"warnings": warnings}, file, indent=1)
 
 
-def in_batches(pool, work, items, size, unit):
-    """Iterate over the results of work(list of up to `size` items), in order, with a progress bar.
-
-    work returns a list: the result of each item.
-    """
-    batches = (items[i : i + size] for i in range(0, len(items), size))
-    results = chain.from_iterable(in_order(pool, work, batches))
+def in_parallel(work, items, unit, workers):
+    """Iterate over work(item) of every item, in order, with a progress bar."""
+    batches = (items[i : i + A_JOB] for i in range(0, len(items), A_JOB))
+    results = chain.from_iterable(in_order(partial(work_on, work), batches, workers))
     return tqdm(results, f"{unit}s", len(items), unit=unit, disable=not items)
 
 
-def decode(jobs, size, window):
-    """A list of (path, Header or None) -> a list of (hash, pixels as bytes), or Unusable, of each.
+def work_on(work, items):
+    return [work(item) for item in items]
 
-    The hash is of the full resolution. Pixels are uint8 [size, size], resized with antialiasing,
-    larger slices by a mean of whole pixels first (our choice).
+
+def decode(job, data, size, window):
+    """A job of build_store -> (hash of the full resolution, pixels as bytes), or Unusable.
+
+    Pixels: uint8 [size, size], antialiased, larger slices by a mean of whole pixels first (ours).
     """
-    results = []
-    for n, (path, header) in enumerate(jobs):
-        try:
-            slice8 = ct.read_slice(path, window, header)
-        except ct.Unusable as error:
-            results.append(error)
-            continue
-        if n == 0:
-            check_dhash(slice8)
-        image = Image.fromarray(slice8)
-        small = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0)
-        results.append((slice_hash(slice8), small.tobytes()))
-    return results
-
-
-def write_slices(data, out, volumes, decoded, size, skipped):
-    """Write slices.npy and slices.csv from the results of decode; append to skipped."""
-    row = 0
-    with (
-        atomic_write(out / "slices.npy") as array_file,
-        atomic_write(out / "slices.csv", text=True) as csv_file,
-    ):
-        write_npy_header(array_file, 0, size)
-        csv_line(csv_file, COLUMNS)
-        for volume in volumes:
-            # decoded comes last: zip takes nothing from it once the volume's files are at an end
-            for file, position, result in zip(volume.files, volume.positions, decoded):
-                if isinstance(result, ct.Unusable):
-                    skipped.append((file, str(result)))
-                    continue
-                bits, pixels = result
-                array_file.write(pixels)
-                csv_line(csv_file, [row, volume.name, position, file, bits])
-                row += 1
-        if row == 0:
-            most = Counter(reason for _, reason in skipped).most_common(1)
-            reason = f", most: {most[0][0]}" if most else ""
-            fail(f"{data}: no CT slice found; {count(len(skipped), 'file')} skipped{reason}")
-        array_file.seek(0)
-        # as long as the first header: NumPy leaves room for the first axis to grow
-        write_npy_header(array_file, row, size)
+    _, _, file, header = job
+    try:
+        slice8 = ct.read_slice(os.path.join(data, file), window, header)
+    except ct.Unusable as error:
+        return error
+    image = Image.fromarray(slice8)
+    small = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    return slice_hash(slice8), small.tobytes()
 
 
 def write_npy_header(file, n, size):
+    """Of the same length for any n: NumPy leaves room for the first axis to grow."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def count(n, noun):
-    return f"1 {noun}" if n == 1 else f"{n} {noun}s"
+def write_csv(path, lines):
+    with atomic_write(path, text=True) as file:
+        for line in lines:
+            # csv itself leaves names with a carriage return (macOS has them) unquoted
+            quoting = csv.QUOTE_ALL if "\r" in "".join(map(str, line)) else csv.QUOTE_MINIMAL
+            csv.writer(file, lineterminator="\n", quoting=quoting).writerow(line)
 
 
-def report(store, data):
-    """Print what a store holds, and a line for each kind of reason why files were left out.
-
-    Says too how to take files in whose decoder has been installed since the store was built.
-    What is odd in its volumes goes to stderr.
-    """
+def report(store):
+    """Print what a store holds, why files were left out and, on stderr, what is odd in it."""
     out = store.path.parent
-    held = f"{count(len(store.slices), 'slice')} of {count(len(store.names), 'volume')}"
-    left_out = f"{count(store.skipped, 'file')} skipped"
-    if store.skipped:
-        left_out += f", see {out / 'skipped.csv'}"
-    print(f"{held}; {left_out}")
-
-    kinds = {}
-    for line in read_lines(out / "skipped.csv"):
-        kind = re.split(":| as ", line["reason"])[0]  # without the details of a file
-        kinds.setdefault(kind, []).append(line)
-    most_first = sorted(kinds.values(), key=len, reverse=True)
-    most_first.sort(key=needs_decoder_first)
-    for lines in most_first[:SHOWN]:
-        print(f"  {len(lines)} skipped: {lines[0]['reason']}")
-
-    decodable = 0
-    for lines in kinds.values():
-        first = lines[0]
-        if NEEDS_DECODER in first["reason"]:
-            if read_header(Path(data, first["file"])) != first["reason"]:
-                decodable += len(lines)
-    if decodable:
-        print(
-            f"{count(decodable, 'file')} skipped then can be decoded now: to take them in, "
-            f"delete {out} or give another OUT"
-        )
-
+    held = f"{plural(len(store.slices), 'slice')} of {plural(len(store.names), 'volume')}"
+    print(f"{held}; {plural(store.skipped, 'file')} skipped, see {out / 'skipped.csv'}")
+    kinds = Counter(line["reason"].split(":")[0] for line in read_lines(out / "skipped.csv"))
+    for kind, files in kinds.most_common(SHOWN):
+        print(f"  {files} skipped: {kind}")
     warnings = read_json(out / "store.json")["warnings"]
     for volume, text in warnings[:SHOWN]:
         print(f"warning: {volume}: {text}", file=sys.stderr)
     if len(warnings) > SHOWN:
-        more = len(warnings) - SHOWN
-        print(f"warning: {more} more of these: see {out / 'store.json'}", file=sys.stderr)
+        print(f"warning: {len(warnings)} such: see {out / 'store.json'}", file=sys.stderr)
 
 
-def needs_decoder_first(lines):
-    """Sort key of lines of skipped.csv: those that the user can do something about come first."""
-    return NEEDS_DECODER not in lines[0]["reason"]
+def plural(n, noun):
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def read_store(out):
-    """The Store in the folder out; stops with one line if it is damaged or of other code."""
+# --- Reading a store and its selections.
+
+
+def read_store(out, settings=None):
+    """The Store in the folder out; stops with one line if it is damaged, or of other code.
+
+    settings: where it must be of these too.
+    """
     out = Path(out)
-    description = read_json(out / "store.json")
-    check_code(out, description.get("code"), code_digest(*CODE), REMEDY)
-    check_undamaged(out, description)
-    slices = np.load(out / "slices.npy", mmap_mode="r")
-    hashes = np.empty(len(slices), np.uint64)
-    names = []
-    starts = []
-    for row, line in enumerate(read_lines(out / "slices.csv")):
-        hashes[row] = int(line["dhash"], 16)
-        if line["volume"] not in names[-1:]:
-            names.append(line["volume"])
-            starts.append(row)
-    volumes = np.split(np.arange(len(slices)), starts[1:])
-    skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
-    return Store(out / "slices.npy", slices, hashes, names, volumes, skipped)
+    made = read_json(out / "store.json")
+    refuse_other(out, made, settings or made.get("settings", {}), REMEDY)
+    try:
+        slices = np.load(out / "slices.npy", mmap_mode="r")
+        lines = list(read_lines(out / "slices.csv"))
+        skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
+    except (OSError, ValueError, EOFError) as error:
+        fail(f"{out}: damaged ({error}): {REMEDY}")
+    if len(lines) != len(slices):
+        fail(f"{out}: damaged: slices.npy and slices.csv differ in length: {REMEDY}")
+    hashes = np.array([int(line["dhash"], 16) for line in lines], np.uint64)
+    sizes = Counter(line["volume"] for line in lines)
+    volumes = np.split(np.arange(len(lines)), np.cumsum([*sizes.values()])[:-1])
+    return Store(out / "slices.npy", slices, hashes, [*sizes], volumes, skipped)
 
 
 def store_digest(out):
-    """8 hex digits that change with any pixel or line of the store in out."""
-    checksums = read_json(out / "store.json")["crc32"]
-    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:8]
-
-
-def read_json(path):
-    """The object that reduce.py wrote into a .json file; stops with one line if it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        fail_damaged(path)
-    return found
-
-
-def fail_damaged(path):
-    fail(
-        f"{path}: damaged: it is not what reduce.py wrote; delete {path.parent} and run "
-        "reduce.py again"
-    )
+    """8 hex digits that tell stores apart: the slices and their hashes, size, window and code."""
+    made = read_json(out / "store.json")
+    settings = made["settings"]
+    identity = [settings["size"], settings["window"], made["code"]]
+    slices = (out / "slices.csv").read_bytes()
+    return hashlib.sha256(json.dumps(identity).encode() + slices).hexdigest()[:8]
 
 
 def read_lines(path):
+    """The lines of a CSV file as dicts of text."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         yield from csv.DictReader(file)
-
-
-def check_undamaged(out, description, thorough=False):
-    """Stop with one line if slices.npy or slices.csv is not as reduce.py wrote it.
-
-    description: what store.json holds. Sizes and modification times tell it at once. All of a
-    file is read, for its CRC-32, only where its time differs, as after copying, or if thorough.
-    An undamaged file gets its recorded time back, so that it is read only once.
-    """
-    for name in LARGE_FILES:
-        path = out / name
-        try:
-            stat = path.stat()
-        except OSError as error:
-            fail(f"{path}: {error.strerror}: delete {out} and run reduce.py again")
-        same_size = stat.st_size == description["bytes"][name]
-        same_time = stat.st_mtime_ns == description["mtime_ns"][name]
-        if same_size and same_time and not thorough:
-            continue
-        if not same_size or crc32(path) != description["crc32"][name]:
-            fail_damaged(path)
-        with suppress(OSError):  # somebody else's store: it is read again at the next start
-            os.utime(path, ns=(stat.st_atime_ns, description["mtime_ns"][name]))
-
-
-def crc32(path):
-    found = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**24):
-            found = zlib.crc32(piece, found)
-    return found
 
 
 def read_selection(path):
     """NAME.csv -> Selection, with the store that lies beside it.
 
-    Stops with one line if it is no selection, or not one of that store.
+    Stops with one line if it is no selection, not one of that store, or made by other code.
     """
     path = Path(path)
-    if not path.is_file():
-        fail(f"{path}: no such selection: make one with reduce.py")
-    if not (path.parent / "store.json").is_file():
-        fail(f"{path}: no store beside it: leave a selection where reduce.py wrote it")
+    if not path.is_file() or not (path.parent / "store.json").is_file():
+        fail(f"{path}: no such selection, or no store beside it: {AGAIN}")
     store = read_store(path.parent)
-    names = ("row", "kept", "representative")
+    this_store = store_digest(path.parent)
+    made = read_json(path.with_suffix(".json"))
+    refuse_other(path, made, made.get("settings", {}) | {"store": this_store}, AGAIN)
     try:
-        lines = list(read_lines(path))
-        row, kept, representative = np.array([[int(line[n]) for line in lines] for n in names], int)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        needs = "it needs the columns row, kept and representative, in whole numbers"
-        fail(f"{path}: not a selection: {needs}")
-    again = "make it again with reduce.py"
-    if not np.array_equal(row, np.arange(len(store.slices))):
-        last = len(store.slices) - 1
-        fail(f"{path}: must list the rows 0 to {last} of slices.npy in order; {again}")
-    if not np.array_equal(kept, representative == row):
-        fail(f"{path}: kept must be 1 where a row represents itself and 0 elsewhere; {again}")
-    if not np.isin(representative, np.flatnonzero(kept)).all():
-        fail(f"{path}: a representative must be a kept row; {again}")
-    summary = read_json(path.with_suffix(".json"))
-    made_for = store_digest(path.parent)
-    if summary.get("store") != made_for:
-        fail(f"{path}: was made for another store than the one in {path.parent}; {again}")
-    code = summary.get("code") or {}
-    check_code(path, code, code_digest(*code), again)
-    digest = hashlib.sha256(path.read_bytes() + made_for.encode()).hexdigest()[:16]
-    return Selection(store, np.flatnonzero(kept), representative, digest)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Read all of a slice store and say whether it is as reduce.py wrote it."
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the store")
-    out = parser.parse_args().out
-    if not (out / "store.json").is_file():
-        fail(f"{out}: no slice store: make one with reduce.py")
-    check_undamaged(out, read_json(out / "store.json"), thorough=True)
-    print(f"{out}: undamaged: {' and '.join(LARGE_FILES)} have the recorded CRC-32")
-
-
-if __name__ == "__main__":
-    run_script(main)
+        lines = [(int(line["kept"]), int(line["representative"])) for line in read_lines(path)]
+    except (KeyError, TypeError, ValueError):
+        fail(f"{path}: not a selection, which has the columns kept and representative: {AGAIN}")
+    kept = np.flatnonzero([stays for stays, _ in lines])
+    representative = np.array([stands_for_it for _, stands_for_it in lines])
+    itself = np.flatnonzero(representative == np.arange(len(lines)))
+    if len(lines) != len(store.slices) or not np.array_equal(kept, itself):
+        fail(f"{path}: damaged: not a line for each slice of the store: {AGAIN}")
+    digest = hashlib.sha256(path.read_bytes() + this_store.encode()).hexdigest()[:16]
+    return Selection(store, kept, representative, digest)

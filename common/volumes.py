@@ -12,7 +12,7 @@ from common.ct import is_image
 from common.dicom import read_header
 
 SAME_AXES = 0.05  # difference of direction cosines
-SAME_POSITION = 0.001  # mm
+DIGITS = 3  # of a position in mm, in which two slices must differ
 GAP = 1.5  # times the usual distance of two slices
 
 
@@ -31,45 +31,37 @@ def list_files(data):
     """
     paths = []
     seen = set()
-
-    def add_unopened(error):
-        paths.append(error.filename)
-
-    for folder, folders, names in os.walk(data, followlinks=True, onerror=add_unopened):
+    walk = os.walk(data, followlinks=True, onerror=lambda error: paths.append(error.filename))
+    for folder, folders, names in walk:
         folders.sort()
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
         paths += [os.path.join(folder, name) for name in names]
-    found = []
+    files = []
     for path in paths:
         stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-        found.append((Path(path).relative_to(data).as_posix(), stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+        files.append((os.path.relpath(path, data), stat.st_size, stat.st_mtime_ns))
+    return sorted(files)
 
 
-def read_headers(paths):
-    return [read_header(path) for path in paths]
-
-
-def find_volumes(data, files, read_headers=read_headers):
+def find_volumes(data, files, map=map):
     """Group files into volumes in z order.
 
-    data: folder. files: paths relative to it. read_headers: a parallel one, in the same order.
+    data: folder. files: paths relative to it. map: perhaps a parallel one.
     Returns (volumes sorted by name, skipped as a list of (file, reason), warnings as a list of
     (volume, text)). DICOM is grouped by SeriesInstanceUID and ordered by the position along the
-    slice normal, or, where that is not known of every slice, by InstanceNumber and name. Images
-    are grouped by folder, or by the name before the last `_` where one folder holds several such
-    names (the official code's flat layout), and ordered by the number in the name.
+    slice normal, or, where that is not known of every slice, by InstanceNumber and name. For
+    images see image_volumes.
     """
     volumes = image_volumes([file for file in files if is_image(file)])
     others = [file for file in files if not is_image(file)]
-    headers = read_headers([os.path.join(data, file) for file in others])
+    headers = map(read_header, [os.path.join(data, file) for file in others])
     series = {}
     skipped = []
     warnings = []
-    for file, header in zip(others, headers):
+    for file, header in zip(others, headers, strict=True):
         if isinstance(header, str):
             skipped.append((file, header))
         else:
@@ -83,106 +75,68 @@ def find_volumes(data, files, read_headers=read_headers):
 
 
 def series_volume(uid, members):
-    """One DICOM series, a list of (file, Header), in z order, each slice once.
-
-    Returns (Volume, {file left out: reason}, warnings).
-    """
+    """(Volume in z order, {file left out: reason}, warnings) of a series' (file, Header)s."""
     left_out = {}
-    for check in (repeated_instances, odd_orientations, odd_sizes):
-        left_out |= check(members)
-        members = [member for member in members if member[0] not in left_out]
 
-    members.sort(key=by_number)
-    problem = position_problem([header.position for _, header in members])
-    if problem:
-        order = "InstanceNumber"
-        numbers = {header.number for _, header in members} - {None}
-        if len(numbers) < len(members):
-            order = "file name, as InstanceNumber is missing or repeated"
-        warnings = [f"{problem}: ordered by {order}"]
+    def leave_out(reasons):
+        left_out.update(reasons)
+        members[:] = [member for member in members if member[0] not in left_out]
+
+    leave_out(repeated(members, lambda header: header.instance, "SOPInstanceUID"))
+    leave_out(odd(members, lambda header: header.axes, SAME_AXES, "orientation"))
+    leave_out(odd(members, lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"))
+    members.sort(key=number_and_name)
+    places = [header.position for _, header in members]
+    missing = places.count(None)
+    if missing or (len(places) > 2 and np.ptp(np.round(places, DIGITS)) == 0):
+        lack = f"positions are missing ({missing} of {len(places)}) or all the same"
+        warnings = [f"{lack}: ordered by InstanceNumber, then by name"]
         positions = [""] * len(members)
     else:
-        members.sort(key=by_position)  # among equal ones the order by number stays
-        left_out |= repeated_positions(members)
-        members = [member for member in members if member[0] not in left_out]
+        members.sort(key=lambda member: member[1].position)  # equal ones stay ordered by number
+        leave_out(repeated(members, lambda header: round(header.position, DIGITS), "position"))
         warnings = gaps([header.position for _, header in members])
         positions = [f"{header.position:.4f}" for _, header in members]
-    files = [file for file, _ in members]
-    headers = [header for _, header in members]
-    return Volume(uid, files, positions, headers), left_out, warnings
+    files, headers = zip(*members, strict=True)
+    return Volume(uid, list(files), positions, list(headers)), left_out, warnings
 
 
-def repeated_instances(members):
-    """{file: reason} of the slices that a series holds already."""
+def repeated(members, key, what):
+    """{file: reason} of the (file, Header)s whose key(Header) an earlier one has."""
     first = {}
     reasons = {}
     for file, header in members:
-        if header.instance in first:
-            reasons[file] = f"same SOPInstanceUID as {first[header.instance]}"
-        else:
-            first[header.instance] = file
+        if first.setdefault(key(header), file) != file:
+            reasons[file] = f"same {what} as another: {first[key(header)]}"
     return reasons
 
 
-def odd_orientations(members):
-    """{file: reason} of the slices, such as scouts, that lie unlike most of their series."""
-    axes = {file: header.axes for file, header in members if header.axes}
-    return {file: "orientation unlike most of its series" for file in odd_ones(axes, SAME_AXES)}
+def odd(members, key, tolerance, what):
+    """{file: reason} of the (file, Header)s unlike most: outside the largest group of equals.
 
-
-def odd_sizes(members):
-    """{file: reason} of the slices whose size is unlike that of most of their series."""
-    sizes = {file: (header.rows, header.columns) for file, header in members}
-    return {
-        file: f"{sizes[file][0]} x {sizes[file][1]} pixels, unlike most of its series"
-        for file in odd_ones(sizes, 0)
-    }
-
-
-def odd_ones(vectors, tolerance):
-    """The files outside the largest group of {file: vector}, equal within the tolerance."""
-    groups = {}
-    for file, vector in vectors.items():
-        for first in groups:
-            if max(abs(a - b) for a, b in zip(first, vector)) <= tolerance:
-                groups[first].append(file)
+    key(Header): numbers, equal within the tolerance, or None where they are not known.
+    """
+    groups = []
+    for file, header in members:
+        vector = key(header)
+        if vector is None:
+            continue
+        for group in groups:
+            first = group[0][1]
+            if max(abs(a - b) for a, b in zip(first, vector, strict=True)) <= tolerance:
+                group.append((file, vector))
                 break
         else:
-            groups[tuple(vector)] = [file]
-    largest_first = sorted(groups.values(), key=len, reverse=True)
-    return [file for group in largest_first[1:] for file in group]
+            groups.append([(file, vector)])
+    groups.sort(key=len, reverse=True)
+    reason = f"{what} unlike most of its series"
+    return {file: reason.format(*vector) for group in groups[1:] for file, vector in group}
 
 
-def position_problem(positions):
-    """Why positions, in mm or None, cannot order their slices; None where they can."""
-    missing = positions.count(None)
-    if missing:
-        return f"{missing} of {len(positions)} slices have no position"
-    if len(positions) > 2 and max(positions) - min(positions) < SAME_POSITION:
-        return f"all {len(positions)} slices have the same position"
-    return None
-
-
-def by_number(member):
+def number_and_name(member):
     """Sort key of a (file, Header): InstanceNumber, those without one last, then the name."""
     file, header = member
     return inf if header.number is None else header.number, file
-
-
-def by_position(member):
-    return member[1].position
-
-
-def repeated_positions(members):
-    """{file: reason} of the (file, Header)s, in z order, that lie where another one does."""
-    reasons = {}
-    last_file, last = members[0]
-    for file, header in members[1:]:
-        if header.position - last.position < SAME_POSITION:
-            reasons[file] = f"same position as {last_file}"
-        else:
-            last_file, last = file, header
-    return reasons
 
 
 def gaps(positions):
@@ -191,25 +145,29 @@ def gaps(positions):
         return []
     distances = np.diff(positions)
     usual = np.median(distances)
-    wide = int((distances > GAP * usual).sum())
+    wide = (distances > GAP * usual).sum()
     if not wide:
         return []
     return [
-        f"{wide} gap{'s' * (wide > 1)} along z, the widest {distances.max():.1f} mm "
-        f"where {usual:.1f} mm is usual: slices may be missing"
+        f"gaps along z: {wide}, the widest {distances.max():.1f} mm where {usual:.1f} mm is usual: "
+        "slices may be missing"
     ]
 
 
 def image_volumes(files):
-    """PNG and JPEG files as Volumes: one a folder, or one a `<volume>_` where it holds several."""
+    """PNG and JPEG files as Volumes, ordered by the last number in the name.
+
+    A folder is a volume; where all its names are `<volume>_<number>`, and it holds several volumes
+    or is DATA itself, the name before the last `_` is one (the official code's flat layout).
+    """
     folders = {}
-    for file in sorted(files, key=by_image_number):
+    for file in sorted(files, key=number_in_name):
         folders.setdefault(Path(file).parent.as_posix(), []).append(file)
     volumes = {}
     for folder, members in folders.items():
         prefixes = [re.fullmatch(r"(.+)_\d+", Path(file).stem) for file in members]
         flat = all(prefixes) and (len({p[1] for p in prefixes}) > 1 or folder == ".")
-        for file, prefix in zip(members, prefixes):
+        for file, prefix in zip(members, prefixes, strict=True):
             name = (Path(folder) / prefix[1]).as_posix() if flat else folder
             volumes.setdefault(name, []).append(file)
     return [
@@ -224,6 +182,6 @@ def image_number(file):
     return str(int(numbers[-1])) if numbers else ""
 
 
-def by_image_number(file):
+def number_in_name(file):
     number = image_number(file)
     return int(number) if number else inf, file
