@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.hashing import NEAR_DUPLICATE, hamming
+from common.hashing import NEAR_DUPLICATE, near_duplicates
 from common.simclr import draw_augmentation
 
 READERS = 4  # threads; several, so that a cold disk has several reads to work on
@@ -40,41 +40,41 @@ def stream(selection, args, start, device, rank=0, world=1):
     mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many
     slices, for which up to world - 1 slices of a batch sit out.
     """
-    store = selection.store
-    volume = store.volume_index
+    volume_index = selection.store.volume_index
 
-    def load(step, rows):
-        rows = rows[: len(rows) - len(rows) % world]
-        share = np.array_split(rows, world)[rank]
-        hashes = store.hashes[rows]
-        volumes = volume[rows]
+    def load(step, indices):
+        indices = indices[: len(indices) - len(indices) % world]
+        share = np.array_split(indices, world)[rank]
+        hashes, volumes = selection.store.hashes[indices], volume_index[indices]
         excluded = excluded_negatives(hashes, volumes, args, step)
-        met = near_duplicates(hashes, volumes, NEAR_DUPLICATE)
+        met = near_in_volume(hashes, volumes, NEAR_DUPLICATE)
         if excluded is not None:
             met &= ~excluded
             excluded = torch.from_numpy(excluded)
         rng = np.random.default_rng([args.seed, step, AUGMENT, rank])
         augmentation = draw_augmentation(2 * len(share), rng)
-        slices = torch.from_numpy(store.slices[share])
-        return Batch(slices, augmentation, excluded, float(met.sum() / len(rows)))
+        slices = torch.from_numpy(selection.store.slices[share])
+        return Batch(slices, augmentation, excluded, float(met.sum() / len(indices)))
 
     with ThreadPoolExecutor(READERS) as pool:
         coming = deque()
-        for step, rows in steps(selection, args, start):
-            coming.append(pool.submit(load, step, rows))
+        for step, indices in steps(selection, args, start):
+            coming.append(pool.submit(load, step, indices))
             if len(coming) == AHEAD:
                 yield to_device(coming.popleft().result(), device)
 
 
 def steps(selection, args, start):
-    """Yield (step, rows of the store in its batch) from step `start` on, without end."""
+    """Yield (step, indices of the slices in its batch) from step `start` on, without end."""
     per_epoch = batches_per_epoch(selection, args)
     for epoch in count(start // per_epoch):
-        batches = epoch_batches(selection, args, epoch)
-        for i, rows in enumerate(batches):
+        for i, indices in enumerate(epoch_batches(selection, args, epoch)):
             step = epoch * per_epoch + i
             if step >= start:
-                yield step, rows
+                yield step, indices
+
+
+# --- The order of an epoch.
 
 
 def slices_per_epoch(selection, sample):
@@ -86,16 +86,16 @@ def batches_per_epoch(selection, args):
 
 
 def epoch_batches(selection, args, epoch):
-    """The batches of an epoch, arrays of rows: near-equal in size, none above batch_size."""
-    rows = epoch_rows(selection, args.sample, args.seed, epoch)
+    """The batches of an epoch, arrays of indices: near-equal in size, none above batch_size."""
+    slices = epoch_slices(selection, args.sample, args.seed, epoch)
     rng = np.random.default_rng([args.seed, epoch, ORDER])
-    runs = cut_into_runs(rows, selection.store.volume_index[rows], args.neighbours, rng)
+    runs = cut_into_runs(slices, selection.store.volume_index[slices], args.neighbours, rng)
     order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
     return np.array_split(order, batches_per_epoch(selection, args))
 
 
-def epoch_rows(selection, sample, seed, epoch):
-    """The rows of the store that an epoch trains on, in the store's order.
+def epoch_slices(selection, sample, seed, epoch):
+    """Indices of the slices that an epoch trains on, in the store's order.
 
     sample: "kept", the selection's slices; "all", every slice of the store; "clusters", soft
     reduction (our choice): for each representative one slice, drawn anew every epoch from those
@@ -113,28 +113,25 @@ def epoch_rows(selection, sample, seed, epoch):
     return np.sort(members[first + rng.integers(size)])
 
 
-def cut_into_runs(rows, volumes, length, rng):
-    """Cut rows, in z order, into runs of `length` neighbours of one volume: a list of arrays.
+def cut_into_runs(slices, volumes, length, rng):
+    """Cut slices, in z order, into runs of `length` neighbours of one volume: a list of arrays.
 
     Where a volume's first run ends is drawn anew, so that its runs are others in every epoch.
     """
     if length == 1:
-        return rows[:, None]
+        return slices[:, None]
     runs = []
-    for volume in np.split(rows, np.flatnonzero(np.diff(volumes)) + 1):
+    for volume in np.split(slices, np.flatnonzero(np.diff(volumes)) + 1):
         runs += np.split(volume, np.arange(rng.integers(1, length + 1), len(volume), length))
     return runs
 
 
-def near_duplicates(hashes, volumes, bits):
-    """Bool [n, n]: two different slices of one volume whose dHashes differ by at most `bits`.
+# --- Negatives.
 
-    hashes: uint64 [n]. volumes: number of each slice's volume, int [n].
-    """
-    near = volumes[:, None] == volumes
-    near &= hamming(hashes[:, None], hashes) <= bits
-    np.fill_diagonal(near, False)
-    return near
+
+def near_in_volume(hashes, volumes, bits):
+    """Bool [n, n]: two different slices of one volume whose hashes differ by at most `bits`."""
+    return near_duplicates(hashes, bits) & (volumes[:, None] == volumes)
 
 
 def excluded_negatives(hashes, volumes, args, step):
@@ -145,7 +142,7 @@ def excluded_negatives(hashes, volumes, args, step):
     group = np.arange(n) * args.loss_groups // n
     excluded = group[:, None] != group
     if args.mask_negatives is not None:
-        near = near_duplicates(hashes, volumes, args.mask_negatives)
+        near = near_in_volume(hashes, volumes, args.mask_negatives)
         if args.mask_random:
             rng = np.random.default_rng([args.seed, step, DROP_NEGATIVES])
             near = as_many_at_random(near, rng)
@@ -154,10 +151,10 @@ def excluded_negatives(hashes, volumes, args, step):
 
 
 def as_many_at_random(mask, rng):
-    """The control of a mask [n, n]: as many entries a row, drawn from all but the diagonal."""
+    """The control of a mask [n, n]: as many entries a line, drawn from all but the diagonal."""
     lots = rng.random(mask.shape)
     np.fill_diagonal(lots, np.inf)  # a slice stays with itself
-    rank = lots.argsort(axis=1).argsort(axis=1)  # of each lot in its row
+    rank = lots.argsort(axis=1).argsort(axis=1)  # of each lot in its line
     return rank < mask.sum(axis=1, keepdims=True)
 
 
@@ -165,9 +162,8 @@ def to_device(batch, device):
     """The batch on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
     if device.type == "cpu":
         return batch
-
-    def copy(tensor):
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    excluded = None if batch.excluded is None else copy(batch.excluded)
-    return Batch(copy(batch.slices), copy(batch.augmentation), excluded, batch.dose)
+    fields = [
+        field.pin_memory().to(device, non_blocking=True) if torch.is_tensor(field) else field
+        for field in batch
+    ]
+    return Batch(*fields)

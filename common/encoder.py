@@ -1,6 +1,7 @@
-"""Encoders: ours, ImageNet's, or random weights; and the features they give."""
+"""Encoders: ours, ImageNet's, published ones; the features they give; device and precision."""
 
 import hashlib
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,109 +13,125 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from common.files import atomic_write, fail
-from common.simclr import ARCHS, choose_device
+from common.files import fail
 
-# of the encoder's weights in a checkpoint: ours and SparK's, SwAV, MoCo, BYOL (official code), and
-# of any model that was saved under DataParallel
-PREFIXES = ("", "model.", "encoder_q.", "online_network.encoder.", "module.")
+ARCHS = ["resnet18", "resnet50"]
 STAGES = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # of a ResNet, but fc
-NO_FILE = "no such file: --encoder takes an encoder.pt, scratch or imagenet"
+# in the names of the copies that MoCo and BYOL keep beside the encoder that is trained
+MOVING_AVERAGES = ("encoder_k.", "momentum_encoder.", "target_network.encoder.")
 MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCH = 64  # images whose features are computed at once
 
 
-def to_input(grey, mean=MEAN, std=STD):
-    """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
+# --- Device and precision: the one place for them.
 
-    mean, std: a number, or three for the channels.
+
+def choose_device(name):
+    """The torch.device of "auto", "cpu", "cuda", "cuda:1" ...; one line for one that is not there.
+
+    Under torchrun "auto" and "cuda" are each process's own GPU. Convolutions become repeatable,
+    and float32 becomes float32, not TF32.
     """
-    if isinstance(mean, tuple):
-        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
-        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
-    normalised = (grey.unsqueeze(1) - mean) / std
-    return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"--device {name}: give auto, cpu, cuda, cuda:1 ...")
+    return device
 
 
-def input_statistics(source):
-    """(mean, std) of the input that an encoder was trained on."""
-    if source == "imagenet":
-        return IMAGENET_MEAN, IMAGENET_STD
-    return MEAN, STD
+def choose_precision(name, device, size):
+    """The torch.dtype of autocast for "auto", "float32" or "bfloat16" and images of `size` pixels.
+
+    auto: bfloat16 where the hardware multiplies it natively.
+    """
+    # there a 3 x 3 convolution with stride 2 reads a 1 x 1 map, and oneDNN (PyTorch 2.11) leaves
+    # parts of its gradient uninitialised
+    broken = device.type == "cpu" and size <= 16
+    if name == "auto":
+        return torch.bfloat16 if bf16_pays(device) and not broken else torch.float32
+    if name == "bfloat16" and broken:
+        fail(f"--precision bfloat16 on a CPU needs --size above 16, not {size}: use float32")
+    return getattr(torch, name)
+
+
+def bf16_pays(device):
+    """Whether the hardware multiplies bfloat16; elsewhere it would only be emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# --- Weights in.
 
 
 def load_encoder(source, arch, seed):
     """A torchvision ResNet whose fc is the identity.
 
     source: a path to weights (see read_weights), "scratch" (random weights from the seed) or
-    "imagenet" (torchvision's IMAGENET1K_V1, downloaded the torchvision way). Nothing that could run
-    code is unpickled.
+    "imagenet" (torchvision's IMAGENET1K_V1). One line for other weights than the arch's.
     """
     torch.manual_seed(seed)
+    published = "IMAGENET1K_V1" if source == "imagenet" else None
     try:
-        published = "IMAGENET1K_V1" if source == "imagenet" else None
         network = torchvision.models.get_model(arch, weights=published)
     except OSError as error:
-        fail(
-            f"ImageNet weights of {arch} cannot be downloaded ({error}): put torchvision's file "
-            f"into {torch.hub.get_dir()}/checkpoints, or give an encoder.pt"
-        )
+        fail(f"ImageNet weights of {arch}: no download into {torch.hub.get_dir()}: {error}")
     network.fc = nn.Identity()
-    if source not in ("imagenet", "scratch"):
-        try:
-            # strict, but for batch norm's counters, which old files lack and nothing needs
-            network.load_state_dict(read_weights(source))
-        except RuntimeError as error:
-            first = shorten(str(error), 200)  # of hundreds of keys, on one line
-            fail(f"{source}: does not hold the weights of a {arch}: is it another --arch? {first}")
+    if source in ("imagenet", "scratch"):
+        return network
+    try:
+        # strict, but for batch norm's counters, which old files lack and nothing needs
+        network.load_state_dict(read_weights(source))
+    except RuntimeError as error:
+        first = shorten(str(error), 200)  # of hundreds of keys, on one line
+        fail(f"{source}: does not hold the weights of a {arch}: is it another --arch? {first}")
     return network
 
 
 def read_weights(path):
-    """{name: tensor} of an encoder.pt or an authors' checkpoint, without heads and projectors."""
+    """{name: tensor} of the ResNet in an encoder.pt or a published checkpoint, without its fc.
+
+    It may lie under any prefix, in dicts within dicts. Nothing that could run code is unpickled.
+    One line where there is no whole ResNet, or where there are several.
+    """
     try:
-        found = load_tensors(path)
-    except FileNotFoundError:
-        fail(f"{path}: {NO_FILE}")
+        tensors = dict(named_tensors(load_tensors(path)))
     except Exception:  # whatever a damaged file makes torch raise
-        fail(
-            f"{path}: not a file of PyTorch weights, or damaged, or one that would have to run "
-            "code to be read"
-        )
-    for key in ("state_dict", "module"):  # Lightning's checkpoints, SparK's
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
-        fail(f"{path}: not a state_dict of tensors")
-    for prefix in PREFIXES:
-        if f"{prefix}conv1.weight" in found:
-            return {
-                key.removeprefix(prefix): value
-                for key, value in found.items()
-                if key.startswith(tuple(prefix + stage for stage in STAGES))
-            }
-    under = ", ".join(filter(None, PREFIXES))
-    fail(f"{path}: holds no ResNet: no conv1.weight, alone or under {under}")
+        fail(f"{path}: not a file of PyTorch weights, or damaged, or would have to run code")
+    first, last = "conv1.weight", "layer4.0.conv1.weight"
+    prefixes = [name.removesuffix(last) for name in tensors if name.endswith(last)]
+    prefixes = [prefix for prefix in prefixes if prefix + first in tensors]
+    if len(prefixes) > 1:
+        prefixes = [prefix for prefix in prefixes if not prefix.endswith(MOVING_AVERAGES)]
+    if not prefixes:
+        fail(f"{path}: holds no ResNet: no tensors {first} ... {last} under any prefix")
+    if len(prefixes) > 1:
+        fail(f"{path}: holds several ResNets, under {', '.join(prefixes)}: save one alone")
+    of_resnet = tuple(prefixes[0] + stage for stage in STAGES)
+    names = [name for name in tensors if name.startswith(of_resnet)]
+    return {name.removeprefix(prefixes[0]): tensors[name] for name in names}
 
 
-def arch_of(path):
-    """Which of ARCHS has the layers of an encoder.pt or an authors' checkpoint."""
-    found = {key for key in read_weights(path) if key.endswith(("weight", "bias"))}
-    for arch in ARCHS:
-        network = torchvision.models.get_model(arch)
-        network.fc = nn.Identity()
-        if found == {key for key, _ in network.named_parameters()}:
-            return arch
-    fail(f"{path}: holds the weights of none of {', '.join(ARCHS)}")
+def named_tensors(content, prefix=""):
+    """Yield (name, tensor) of all tensors in dicts within dicts, their keys joined by dots."""
+    for key, value in content.items():
+        if torch.is_tensor(value):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from named_tensors(value, f"{prefix}{key}.")
 
 
 def load_tensors(path):
-    """torch.load(weights_only=True), which runs no code of the file.
-
-    Objects that Lightning keeps beside the weights are read as Inert.
-    """
+    """torch.load(weights_only=True), with what else Lightning saves beside weights as Inert."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -138,19 +155,36 @@ def encoder_hash(source):
     if source in ("imagenet", "scratch"):
         return source
     if not Path(source).is_file():
-        fail(f"{source}: {NO_FILE}")
+        fail(f"{source}: no such file: --encoder takes an encoder.pt, scratch or imagenet")
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
-def features(network, images, statistics, device, label):
-    """Yield the features of images, uint8 [N, size, size], batch by batch: float32 [b, width].
+# --- Features out.
 
-    Features are the global average of the last stage. On a CPU each batch has one thread, and as
-    many batches run at once as there are threads: the same bytes on any number of cores. On a GPU
-    convolutions are in full float32 (not TF32) and repeatable.
+
+def to_input(grey, mean=MEAN, std=STD):
+    """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
+
+    mean, std: a number, or three for the channels.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+    if isinstance(mean, tuple):
+        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
+        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
+    normalised = (grey.unsqueeze(1) - mean) / std
+    return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def input_statistics(source):
+    """(mean, std) of the input that an encoder was trained on."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if source == "imagenet" else (MEAN, STD)
+
+
+def features(network, images, statistics, device, label):
+    """The features of images, uint8 [N, size, size] -> float32 [N, width]: means of the last stage.
+
+    On a CPU each batch has one thread, and as many batches run at once as there are threads: the
+    same bytes on any number of cores.
+    """
     network = network.eval().to(device, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
@@ -163,25 +197,17 @@ def features(network, images, statistics, device, label):
 
     starts = range(0, len(images), BATCH)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from tqdm(pool.map(forward, starts), label, len(starts), unit="batch")
+        batches = list(tqdm(pool.map(forward, starts), label, len(starts), unit="batch"))
     torch.set_num_threads(threads)
+    return np.concatenate(batches)
 
 
-def embed(source, slices, folder):
-    """The path of a store's features in folder, float32 [N, width], made once an encoder.
+def embed(source, slices):
+    """The features of a store's slices, float32 [N, width].
 
-    source: encoder.pt, whichever architecture it holds, or "imagenet" (ResNet-50). slices: uint8
+    source: encoder.pt of either architecture, or "imagenet" (ResNet-50). slices: uint8
     [N, size, size].
     """
-    path = folder / f"features-{encoder_hash(source)}.npy"
-    if path.exists():
-        return path
-    arch = "resnet50" if source in ("imagenet", "scratch") else arch_of(source)
-    network = load_encoder(source, arch, seed=0)
-    device = choose_device("auto")
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(slices), network.inplanes)}
-    with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for batch in features(network, slices, input_statistics(source), device, "features"):
-            file.write(batch.tobytes())
-    return path
+    small = source != "imagenet" and "layer1.0.conv3.weight" not in read_weights(source)
+    network = load_encoder(source, "resnet18" if small else "resnet50", seed=0)
+    return features(network, slices, input_statistics(source), choose_device("auto"), "features")

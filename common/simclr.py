@@ -4,7 +4,6 @@ Knows nothing of where slices come from.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-
-ARCHS = ["resnet18", "resnet50"]
 
 
 def build(arch, projection_dim=128):
@@ -31,7 +28,7 @@ def build(arch, projection_dim=128):
     return nn.Sequential(encoder, head)
 
 
-# Augmentation: SimCLR's, less hue and saturation, which grey slices lack.
+# --- Augmentation: SimCLR's, less hue and saturation, which grey slices lack.
 
 
 class Augmentation(NamedTuple):
@@ -85,11 +82,11 @@ def augment(slices, parameters, size):
     _, height, width = slices.shape
     view = Augmentation(*parameters)
     blur = blur_matrix(view.sigma * size, size)
-    rows = resize_matrix(view.top * height, view.height * height, height, size)
-    columns = resize_matrix(view.left * width, view.width * width, width, size, view.flip)
-    rows = (blur @ rows).unflatten(0, (2, -1))
-    columns = (blur @ columns).unflatten(0, (2, -1))
-    views = rows @ (slices.float() / 255) @ columns.transpose(2, 3)
+    down = resize_matrix(view.top * height, view.height * height, height, size)
+    across = resize_matrix(view.left * width, view.width * width, width, size, view.flip)
+    down = (blur @ down).unflatten(0, (2, -1))
+    across = (blur @ across).unflatten(0, (2, -1))
+    views = down @ (slices.float() / 255) @ across.transpose(2, 3)
     return jitter(views.flatten(0, 1), view.brightness, view.contrast)
 
 
@@ -126,7 +123,7 @@ def jitter(views, brightness, contrast):
     return (mean + (views - mean) * contrast[:, None, None]).clamp(0, 1)
 
 
-# Loss, over the batches of all processes.
+# --- Loss, over the batches of all processes.
 
 
 def nt_xent(embeddings, temperature, excluded=None):
@@ -160,7 +157,7 @@ def gather(embeddings):
     return torch.cat(parts, 1)
 
 
-# Optimiser, schedule and precision.
+# --- Optimiser and schedule.
 
 
 def learning_rate(step, steps, warmup, base_lr):
@@ -220,45 +217,3 @@ class LARS(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
-
-
-def choose_device(name):
-    """The torch.device of "auto", "cpu", "cuda", "cuda:1" ...
-
-    Under torchrun "auto" and "cuda" are each process's own GPU. Raises ValueError for what is no
-    device, or for a GPU that PyTorch does not find.
-    """
-    gpus = torch.cuda.device_count()
-    if name == "cuda" or (name == "auto" and gpus):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device("cpu" if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"{name} is no device: give auto, cpu, cuda, cuda:1 ...") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name}: only cpu and cuda are known")
-    if device.type == "cuda" and device.index >= gpus:
-        raise ValueError(f"{name}: PyTorch finds {gpus} GPUs")
-    return device
-
-
-def choose_precision(name, device, size):
-    """The torch.dtype of autocast for "auto", "float32" or "bfloat16" and images of `size` pixels.
-
-    auto: bfloat16 where the hardware multiplies it natively. Raises ValueError for bfloat16 on a
-    CPU with images of 16 pixels or less: there a 3 x 3 convolution with stride 2 reads a 1 x 1
-    map, and oneDNN (PyTorch 2.11) leaves parts of its gradient uninitialised.
-    """
-    broken = device.type == "cpu" and size <= 16
-    if name == "auto":
-        return torch.bfloat16 if bf16_pays(device) and not broken else torch.float32
-    if name == "bfloat16" and broken:
-        raise ValueError(f"bfloat16 on a CPU needs more than 16 pixels, not {size}: use float32")
-    return getattr(torch, name)
-
-
-def bf16_pays(device):
-    """Whether the hardware multiplies bfloat16 natively; elsewhere it would only be emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
