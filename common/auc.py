@@ -1,15 +1,20 @@
 """AUC, its interval, and comparisons that cover test images and pre-training runs.
 
 In the order of use: metrics of one run; bootstrap of its test images; image_covariance and
-variance_between_runs of a table's rows; estimate of a row or a difference.
+variance_between_runs of a table's rows; estimate of a row or a difference; holm.
 """
+
+import hashlib
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats  # comes with scikit-learn
 from sklearn.metrics import accuracy_score, f1_score
 
 DRAWS = 500  # bootstrap samples of the test images: their variance is known to 6 %
-PORTION = 200  # samples worked on at once: what fits the processor's cache
+PRECISION = 1e-5  # of the bootstrap's AUCs, as they are kept
+PORTION = 200  # samples at once, which fit the processor's cache: 2 s a line of organ, not 5
 
 
 def metrics(labels, probabilities):
@@ -58,19 +63,17 @@ def binary_auc(positive, scores, weights):
 
 def mean_of_defined(aucs):
     """Mean over the first axis without NaN; NaN where there is nothing else."""
-    aucs = np.asarray(aucs)
-    defined = ~np.isnan(aucs)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, aucs, 0).sum(axis=0) / defined.sum(axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but NaN
+        return np.nanmean(aucs, axis=0)
 
 
 def sample_weights(labels, groups, draws=DRAWS):
     """How often each bootstrap sample of the test set holds each image, float32 [n, draws].
 
-    Whole groups are drawn, since images of one group (a patient, a paper) are not independent. They
-    are drawn class by class: a group counts to the class that most of its images have (our choice).
-    The same labels and groups give the same samples, so that two encoders are compared on the same
-    images.
+    Whole groups are drawn, since images of one group (a patient, a paper) are not independent, and
+    class by class: a group counts to the class that most of its images have (our choice). The same
+    labels and groups give the same samples, so that encoders are compared on the same images.
     """
     _, group = np.unique(groups, return_inverse=True)
     images_of_class = np.zeros((group.max() + 1, labels.max() + 1), int)
@@ -96,11 +99,26 @@ def bootstrap(labels, probabilities, weights):
 
 
 def bootstrap_part(labels, probabilities, weights):
-    tested = np.flatnonzero(~np.isnan(probabilities[:, 0]))
-    labels, probabilities, weights = labels[tested], probabilities[tested], weights[tested]
-    starts = range(0, weights.shape[1], PORTION)
-    portions = [weights[:, start : start + PORTION] for start in starts]
+    tested = ~np.isnan(probabilities[:, 0])
+    labels, probabilities = labels[tested], probabilities[tested]
+    portions = np.array_split(weights[tested], -(-weights.shape[1] // PORTION), axis=1)
     return np.concatenate([weighted_auc(labels, probabilities, portion) for portion in portions])
+
+
+def bootstrap_of(tested, labels, groups, probabilities):
+    """What was tested, its groups, AUC under each bootstrap sample and of each part (a draw of
+    labels, a fold); in units of PRECISION, None where a class is missing."""
+    parts = probabilities if probabilities.ndim == 3 else [probabilities]
+    once = np.ones((len(labels), 1))
+    aucs = {
+        "draws": bootstrap(labels, probabilities, sample_weights(labels, groups)),
+        "parts": np.concatenate([bootstrap(labels, part, once) for part in parts]),
+    }
+    data = b"".join(array.tobytes() for array in (tested, labels, groups))
+    record = {"tested": hashlib.sha256(data).hexdigest()[:8], "groups": len(np.unique(groups))}
+    for key, values in aucs.items():
+        record[key] = [None if np.isnan(value) else round(value / PRECISION) for value in values]
+    return record
 
 
 def image_covariance(rows):
@@ -126,8 +144,8 @@ def variance_between_runs(rows):
     """Variance between the runs of a row, pooled over the rows with at least 2 runs.
 
     rows: the AUCs of each row's runs, [runs]. (variance, degrees of freedom), 0 without such a row.
-    The rows are taken to vary alike. If two of many rows have twice the SD of the others, 26 % of
-    true nulls between them are below 0.05 in a simulation: see own_variance.
+    The rows are taken to vary alike. If two of many have twice the SD of the others, 26 % of true
+    nulls between them have p < 0.05 (simulated); results/study/analysis.py prints Welch's p too.
     """
     repeated = [aucs for aucs in rows if len(aucs) > 1]
     freedom = sum(len(aucs) - 1 for aucs in repeated)
@@ -135,71 +153,56 @@ def variance_between_runs(rows):
     return squares / max(freedom, 1), freedom
 
 
-def own_variance(pair):
-    """In place of variance_between_runs, for the difference of two rows: theirs alone (Welch 1947).
+class Estimate(NamedTuple):
+    """What can be said about a row's mean AUC, a difference, or another weighted sum of rows."""
 
-    pair: the AUCs of the runs of each, 2 or more. (variance, degrees of freedom), such that the
-    error and freedom of `estimate` are those of Welch's t test where there is no image part.
-    """
-    parts = [np.var(aucs, ddof=1) / len(aucs) for aucs in pair]
-    variance = sum(parts) / sum(1 / len(aucs) for aucs in pair)
-    if variance == 0:
-        return 0.0, 1
-    squares = sum(part**2 / (len(aucs) - 1) for part, aucs in zip(parts, pair))
-    return variance, sum(parts) ** 2 / squares
+    value: float
+    interval: tuple[float, float]  # 95 %
+    interval_90: tuple[float, float]  # for equivalence: two one-sided tests at 5 %
+    p: float | None  # two-sided, of no difference; None where a row has one run
+    detectable: float | None  # the true difference that is found with 80 % power at p < 0.05
+    error: float  # standard error
+    freedom: float  # degrees of freedom of its t distribution
+    runs: int  # the fewest of a row
 
 
 def estimate(rows, weights, covariance, between_runs, groups):
-    """A weighted sum of the mean AUCs of rows, with all that can be said about it.
+    """Estimate of a weighted sum of the mean AUCs of rows.
 
-    rows: the AUCs of the runs of each, [runs]. weights: [1] for a row itself, [1, -1] for the
-    difference of two. covariance: image_covariance of these rows. between_runs:
-    variance_between_runs of the table. groups: independent groups of images.
+    rows: the AUCs of the runs of each, [runs]. weights: [1, -1] for the difference of two.
+    covariance: image_covariance of these rows. between_runs: variance_between_runs of the table.
+    groups: independent groups of images.
 
     A t interval over runs with the images added: variance = s2 (1 / k0 + 1 / k1) + that of the
     images, for a difference; degrees of freedom after Satterthwaite 1946, where the image part has
     groups - 1. With one run in any row nothing is known about the runs: the interval covers images
-    only, no p.
-
-    {"value", "runs": the fewest of a row, "error": standard error, "freedom", "interval" (95 %),
-    "interval_90" (for equivalence: two one-sided tests at 5 %), "p" or None,
-    "detectable": the true difference that is found with 80 % power at p < 0.05, or None}
+    only, no p. It ends where AUCs of 0 and 1 would.
     """
     weights = np.array(weights, float)
-    value = float(sum(weight * np.mean(aucs) for weight, aucs in zip(weights, rows)))
+    value = float(sum(weight * np.mean(aucs) for weight, aucs in zip(weights, rows, strict=True)))
     image_part = max(float(weights @ covariance @ weights), 0.0)
     runs = min(len(aucs) for aucs in rows)
     run_part, run_freedom = 0.0, 1
     if runs > 1:
         variance, run_freedom = between_runs
-        run_part = variance * sum(w**2 / len(aucs) for w, aucs in zip(weights, rows))
+        run_part = variance * sum(weights**2 / [len(aucs) for aucs in rows])
     error = (run_part + image_part) ** 0.5
     freedom = max(groups - 1, 1)
     if run_part > 0:
         freedom = error**4 / (run_part**2 / run_freedom + image_part**2 / freedom)
     half, half_90, power = error * stats.t.ppf([0.975, 0.95, 0.8], freedom)
-    lowest, highest = weights.clip(max=0).sum(), weights.clip(min=0).sum()  # AUCs of 0 and 1
-    found = {
-        "value": value,
-        "runs": runs,
-        "error": error,
-        "freedom": freedom,
-        "interval": (max(value - half, lowest), min(value + half, highest)),
-        "interval_90": (max(value - half_90, lowest), min(value + half_90, highest)),
-        "p": None,
-        "detectable": None,
-    }
-    if runs > 1:
-        found["p"] = p_value(value, error, freedom)
-        found["detectable"] = half + power
-    return found
-
-
-def p_value(difference, error, freedom):
-    """Two-sided p of a t test; 1 for no difference at all."""
-    if difference == 0 or error == 0:
-        return float(difference == 0)
-    return float(2 * stats.t.sf(abs(difference) / error, freedom))
+    p = float(2 * stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    lowest, highest = weights.clip(max=0).sum(), weights.clip(min=0).sum()
+    return Estimate(
+        value=value,
+        interval=(max(value - half, lowest), min(value + half, highest)),
+        interval_90=(max(value - half_90, lowest), min(value + half_90, highest)),
+        p=p if runs > 1 else None,
+        detectable=half + power if runs > 1 else None,
+        error=error,
+        freedom=freedom,
+        runs=runs,
+    )
 
 
 def holm(p_values):

@@ -1,94 +1,238 @@
-"""The Markdown tables made from a results.csv, and the paper's numbers."""
+"""results.csv and its bootstrap, the tables made of them in Markdown, and the paper's numbers."""
 
-import hashlib
-import inspect
+import csv
+import io
 import json
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common import auc
-from common.files import atomic_write, fail, locked, syntax_digest
-from common.results import read_results, read_scores, scores_folder
+from common.auc import PRECISION, bootstrap_of
+from common.files import append_lines, atomic_write, fail, read_json, whole_lines
 
-BUDGET = "Hash-6"  # rows that keep as many slices as this one are marked
-EQUAL = 0.01  # as many means within 1 %
-PRECISION = 1e-5  # of the bootstrap's AUCs, as they are kept
-BOOTSTRAP = [
-    auc.sample_weights,
-    auc.bootstrap,
-    auc.bootstrap_part,
-    auc.weighted_auc,
-    auc.binary_auc,
-    auc.mean_of_defined,
-]
-BOOTSTRAP_CODE = syntax_digest("".join(map(inspect.getsource, BOOTSTRAP)))
-DEPENDENT = {  # tasks whose images depend on each other in a way that their file does not tell
-    "organ": "no scan numbers, so intervals are too narrow"
-}
+COLUMNS = (  # settings, code: "name=value name=value ..."
+    # encoder: its hash. seed: of head and order of images (finetune), or of the pre-training
+    "task name encoder protocol seed "
+    # label_share: 1, or such as 0.01. folds: such as 5x10, folds x repeats; empty: the task's split
+    "label_share folds train val test "
+    # auc_sd: over draws of labels, or over repeats
+    "auc auc_sd f1 accuracy seconds "
+    # from the log beside the encoder
+    "slices steps dose pretrain_seconds "
+    "settings code"
+).split()
+KEY = ["task", "name", "protocol", "seed", "label_share", "folds"]  # a later line replaces its like
+ONE_TABLE = ["task", "protocol", "label_share", "folds"]
+IDENTITY = [*KEY, "encoder", "auc"]  # of a record in results-draws.jsonl
+COST = {"slices": ".0f", "steps": ".0f", "dose": ".2f", "pretrain_seconds": ".0f"}  # as printed
+CAUTION = {"organ": "no scan numbers, so intervals are too narrow"}  # by task
 HOW_TO_READ = """\
 A run is one pre-training (for scratch: one set of random weights). AUC: mean over runs ± their SD.
 [95 % interval]: a t interval over runs with the test images added: the variance between runs, taken
-as equal for all rows of a task, and that of a bootstrap of whole groups of test images, by class.
-A row with one run says nothing about other runs: its interval covers images only, and it has no p.
-Where few labels were drawn, all hold for these draws. With fewer than 20 groups of test images,
-intervals are too narrow.
-Holm: p corrected for all differences of a table; "may be chance" marks those of 0.05 or more."""
-PAPER = """\
-## The paper's numbers
+as equal for all rows of a table, and that of a bootstrap of whole groups of test images, by class;
+too narrow with fewer than 20 groups. A row with one run says nothing about other runs: its interval
+covers images only, and it has no p. Where few labels were drawn, all hold for these draws. Repeats
+of cross-validation average out the luck of the split; they are no new data. Holm: p corrected for
+all differences of its table, not for other tables."""
+PAPER = {  # task: its name there, AUC of ALL and of reduced data in the abstract
+    "covid-ct": ("COVID-CT", 0.78, 0.83),
+    "organ": ("OrganSMNIST", 0.97, 0.98),
+    "head-ct": ("brain CT (here head-ct)", 0.73, 0.83),
+}
+DRAFTS = {  # of charts that the authors published before the paper; three cells agree with it
+    ("covid-ct", "PET-CT"): [0.737, 0.775, 0.802, 0.820, 0.838, 0.819, 0.830, 0.812, 0.817],
+    ("covid-ct", "LIDC"): [0.737, 0.807, 0.815, 0.806, 0.816, 0.813, 0.823, 0.811, 0.826],
+    ("head-ct", "PET-CT"): [0.678, 0.727, 0.795, 0.799, 0.760, 0.799, 0.832, 0.768, 0.787],
+    ("head-ct", "LIDC"): [0.678, 0.734, 0.827, 0.859, 0.802, 0.790, 0.841, 0.798, 0.868],
+}
+DRAFT_ROWS = "scratch ALL EveryN SSIM MI Hash-3 Hash-6 Hash-12 HashAll".split()
 
-AUC, from the abstract (pre-training up to nine times faster):
 
-| task | ALL | reduced |
-| --- | --- | --- |
-| COVID-CT | 0.78 | 0.83 |
-| OrganSMNIST | 0.97 | 0.98 |
-| brain haemorrhage | 0.73 | 0.83 |
+# --- results.csv; beside it the test scores and the bootstrap of each line.
 
-AUC, unconfirmed: drafts of the authors' charts, published before the paper (three cells agree \
-with the abstract); task, pre-training data:
 
-| row | COVID-CT, PET-CT | COVID-CT, LIDC | brain, PET-CT | brain, LIDC |
-| --- | --- | --- | --- | --- |
-| scratch | 0.737 | 0.737 | 0.678 | 0.678 |
-| ALL | 0.775 | 0.807 | 0.727 | 0.734 |
-| EveryN | 0.802 | 0.815 | 0.795 | 0.827 |
-| SSIM | 0.820 | 0.806 | 0.799 | 0.859 |
-| MI | 0.838 | 0.816 | 0.760 | 0.802 |
-| Hash-3 | 0.819 | 0.813 | 0.799 | 0.790 |
-| Hash-6 | 0.830 | 0.823 | 0.832 | 0.841 |
-| Hash-12 | 0.812 | 0.811 | 0.768 | 0.798 |
-| HashAll | 0.817 | 0.826 | 0.787 | 0.868 |"""
+def read_results(path):
+    """results.csv as dicts of text, of each KEY the last line; [] where there is no file."""
+    head, *lines = list(csv.reader(whole_lines(path))) or [COLUMNS]
+    if head != COLUMNS or any(len(cells) != len(COLUMNS) for cells in lines):
+        fail(f"{path}: damaged, or of another version of evaluate.py: give another --results")
+    lines = [dict(zip(COLUMNS, cells, strict=True)) for cells in lines]
+    return list({tuple(line[column] for column in KEY): line for line in lines}.values())
+
+
+def add_line(results, line, tested, labels, groups, probabilities):
+    """Add a line to results.csv, after its test scores and their bootstrap; a later one counts.
+
+    tested: int [n], images of the task. labels: int [n]. groups: int [n], images of one group are
+    not independent. probabilities: float [n, classes], or [parts, n, classes] of a line that is a
+    mean over parts: draws of labels, or every fold of every repeat (NaN for images not in it).
+    """
+    probabilities = probabilities.astype(np.float32)
+    with atomic_write(scores_file(results, line)) as file:
+        np.savez_compressed(
+            file, images=tested, labels=labels, groups=groups, probabilities=probabilities
+        )
+    record = dict(zip(IDENTITY, identity(line), strict=True))
+    record |= bootstrap_of(tested, labels, groups, probabilities)
+    append_lines(draws_file(results), json.dumps(record) + "\n")
+    text = io.StringIO()
+    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(line)
+    append_lines(results, text.getvalue(), head=",".join(COLUMNS) + "\n")
+
+
+def scores_file(results, line):
+    """results-scores/TASK-NAME-PROTOCOL[-share-0.01][-folds-5x10]-SEED.npz of a line."""
+    share = f"-share-{line['label_share']}" if line["label_share"] != "1" else ""
+    folds = f"-folds-{line['folds']}" if line["folds"] else ""
+    name = f"{line['task']}-{line['name']}-{line['protocol']}{share}{folds}-{line['seed']}"
+    return results.with_name(f"{results.stem}-scores") / f"{name}.npz"
+
+
+def draws_file(results):
+    """results-draws.jsonl beside results.csv: small enough to publish, where scores are not."""
+    return results.with_name(f"{results.stem}-draws.jsonl")
+
+
+def made_by(line):
+    """{"settings": {name: value}, "code": {file: digest}} of a line, all as text."""
+    return {
+        column: dict(word.partition("=")[::2] for word in line[column].split())
+        for column in ("settings", "code")
+    }
+
+
+def identity(line):
+    return tuple(str(line[column]) for column in IDENTITY)
+
+
+def read_draws(results):
+    """{identity of a line: its record}; its "draws" and "parts" are AUCs, NaN for none."""
+    records = {}
+    for record in read_json(draws_file(results), lines=True):
+        if not {*IDENTITY} <= {*record}:
+            fail(
+                f"{draws_file(results)}: of another version of evaluate.py: give another --results"
+            )
+        for key in ("draws", "parts"):
+            record[key] = PRECISION * np.array(record.get(key, []), float)
+        records[identity(record)] = record
+    return records
+
+
+# --- A table: all rows of one task and protocol.
+
+
+class Table(NamedTuple):
+    lines: list  # of results.csv
+    aucs: dict  # row: AUC of each run, float [runs]
+    covariance: np.ndarray  # auc.image_covariance in the order of aucs, [rows, rows]
+    groups: int  # independent groups of test images; 0 where draws are missing
+    between_runs: tuple  # auc.variance_between_runs
+
+    def estimate(self, weights):
+        """auc.Estimate of a weighted sum of rows: {"Hash-6": 1, "ALL": -1} is their difference."""
+        places = [list(self.aucs).index(name) for name in weights]
+        return auc.estimate(
+            [self.aucs[name] for name in weights],
+            list(weights.values()),
+            self.covariance[np.ix_(places, places)],
+            self.between_runs,
+            self.groups,
+        )
+
+    def cost(self, name):
+        """Means over a row's encoders: {"slices", "steps", "dose", "pretrain_seconds"}; or {}."""
+        runs = {line["encoder"]: line for line in self.lines if line["name"] == name}
+        logged = [line for line in runs.values() if line["slices"]]
+        if not logged:
+            return {}  # scratch, or encoders without a log
+        return {column: np.mean([float(line[column]) for line in logged]) for column in COST}
+
+    def images(self):
+        """Such as: n=203, 120 groups."""
+        task, images = self.lines[0]["task"], self.lines[0]["test"]
+        groups = f", {self.groups} groups" if str(self.groups) not in ("0", images) else ""
+        return f"n={images}{groups}" + (f"; {CAUTION[task]}" if task in CAUTION else "")
+
+
+def read_tables(results):
+    """{(task, protocol, label_share, folds): Table}."""
+    of_tables = {}
+    for line in read_results(results):
+        of_tables.setdefault(tuple(line[column] for column in ONE_TABLE), []).append(line)
+    if not of_tables:
+        fail(f"{results}: holds no results: evaluate.py TASK ... --results CSV makes some")
+    records = read_draws(results)
+    return {key: table_of(results, lines, records) for key, lines in of_tables.items()}
+
+
+def table_of(results, lines, records):
+    for line in lines:
+        settings = lines[0]["settings"], line["settings"]
+        if len(set(settings)) > 1:
+            refuse_to_compare(results, lines[0], line, ", ".join(settings))
+    runs = runs_of(lines)
+    aucs = {
+        name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
+        for name in runs
+    }
+    covariance, groups = image_part(results, runs, records)
+    return Table(lines, aucs, covariance, groups, auc.variance_between_runs(aucs.values()))
+
+
+def refuse_to_compare(results, line, other, why):
+    rows = " and ".join(f"{each['name']} seed {each['seed']}" for each in (line, other))
+    fail(f"{results}: {line['task']}: {rows} cannot be compared ({why}): evaluate them alike")
+
+
+def runs_of(lines):
+    """{row: [the lines of each pre-training run]}; every seed of scratch is a run."""
+    runs = {}
+    for line in lines:
+        run = line["encoder"], line["encoder"] == "scratch" and line["seed"]
+        runs.setdefault(line["name"], {}).setdefault(run, []).append(line)
+    return {name: list(runs[name].values()) for name in runs}
+
+
+def image_part(results, runs, records):
+    """(auc.image_covariance of the rows, groups of test images); both 0 where draws are missing."""
+    lines = [line for row in runs.values() for run in row for line in run]
+    if any(identity(line) not in records for line in lines):
+        return np.zeros((len(runs), len(runs))), 0
+    first = records[identity(lines[0])]
+    for line in lines:
+        if records[identity(line)]["tested"] != first["tested"]:
+            refuse_to_compare(results, lines[0], line, "other test images")
+
+    def draws_of(run):
+        return np.mean([records[identity(line)]["draws"] for line in run], axis=0)
+
+    draws = [np.array([draws_of(run) for run in row]) for row in runs.values()]
+    return auc.image_covariance(draws), first["groups"]
+
+
+# --- Markdown.
 
 
 def tables(results, baseline="ALL"):
     """All tables of a results.csv as one Markdown text; rows are compared to the row baseline."""
-    rows = read_results(results)
-    if not rows:
-        fail(f"{results}: holds no results")
-    names = unique(rows, "name")
-    if baseline != "ALL" and find_name(names, baseline) is None:
-        fail(f"{results}: holds no row {baseline} to compare to: it has {', '.join(names)}")
     text = [HOW_TO_READ]
-    for variant, lines in variants(rows).items():
-        text += variant_tables(results, variant, lines, baseline)
-    return "\n\n".join([*text, PAPER])
+    by_key = read_tables(results)
+    for key, table in by_key.items():
+        text += [f"## {title(key)}", *rows_and_power(table, baseline)]
+        if not table.groups:
+            text.append("Intervals cover runs only: results-draws.jsonl lacks some lines.")
+        text.append(f"Settings: {table.lines[0]['settings']}.")
+    for task in dict.fromkeys(key[0] for key in by_key):
+        text += paper_numbers(task)
+    return "\n\n".join(text)
 
 
-def variants(rows):
-    """{(protocol, label_share, folds): its lines}; each variant has tables of its own."""
-    found = {}
-    for row in rows:
-        variant = row["protocol"], row["label_share"], row["folds"]
-        found.setdefault(variant, []).append(row)
-    return found
-
-
-def variant_title(variant):
-    """Such as: linear, 1 % of the training labels, 5 folds x 10 repeats."""
-    protocol, label_share, folds = variant
-    text = protocol
+def title(key):
+    """Such as: organ, linear, 1 % of the training labels, 5 folds x 10 repeats."""
+    task, protocol, label_share, folds = key
+    text = f"{task}, {protocol}"
     if label_share != "1":
         text += f", {100 * float(label_share):.3g} % of the training labels"
     if folds:
@@ -96,304 +240,88 @@ def variant_title(variant):
     return text
 
 
-def variant_tables(results, variant, rows, baseline):
-    """The tables of one variant: AUC with cost, differences to the baseline, their power."""
-    names = unique(rows, "name")
-    base = find_name(names, baseline)
-    found = {task: task_statistics(results, rows, task) for task in unique(rows, "task")}
-    text = [f"## {variant_title(variant)}", *caveats(variant, found)]
-    text.append(markdown(auc_table(rows, names, base, found)))
-    if base and len(names) > 1:
-        text.append(f"### {variant_title(variant)}: difference to {base}")
-        text += difference_tables(names, base, found)
-    settings = dict.fromkeys(f"{row['task']}: {row['settings']}" for row in rows)
-    return [*text, "Settings: " + "; ".join(settings) + "."]
+def rows_and_power(table, baseline):
+    """The table, and what its differences could have shown: paragraphs."""
+    head = ["row", *COST, "runs", f"AUC ({table.images()})"]
+    lines = []
+    for name, aucs in table.aucs.items():
+        cost = table.cost(name)
+        costs = [f"{cost[column]:{COST[column]}}" if cost else "-" for column in COST]
+        lines.append([name, *costs, len(aucs), auc_cell(table, name)])
+    others = [name for name in table.aucs if name != baseline]
+    if baseline not in table.aucs or not others:
+        why = f"No difference: it takes a row {baseline} (or `--baseline ROW`) and another one."
+        return [markdown([head, *lines]), why]
+    differences = {name: table.estimate({name: 1, baseline: -1}) for name in others}
+    cells = difference_cells(table, differences)
+    lines = [line + cells.get(line[0], ["-"] * 3) for line in lines]
+    head += [f"difference to {baseline}", "p", "Holm"]
+    return [markdown([head, *lines]), power(baseline, differences.values())]
 
 
-def caveats(variant, found):
-    """What must be known before the numbers of a variant are read."""
-    text = []
-    if variant[2]:
-        text.append(
-            "Repeats of cross-validation average out the luck of the split. They are no new data: "
-            "intervals stay as wide as the images make them."
-        )
-    without = [task for task in found if not found[task]["groups"]]
-    if without:
-        text.append(
-            f"{', '.join(without)}: no test scores beside results.csv, and no results-draws.jsonl "
-            "made of these lines by this code: intervals cover runs only."
-        )
-    return text
-
-
-def task_statistics(results, rows, task):
-    """All that estimate_row() needs of one task, from the lines of one variant.
-
-    {"aucs": {name: AUC of each run, [runs]}, "covariance": auc.image_covariance in their order,
-    "groups": independent groups of test images, 0 without scores, "images": their number as text,
-    "between_runs": auc.variance_between_runs}
-    """
-    lines = [row for row in rows if row["task"] == task]
-    first = lines[0]
-    for line in lines:
-        if line["settings"] != first["settings"]:
-            fail(
-                f"{results}: {task}: {first['name']} and {line['name']} cannot be compared: "
-                f"{first['settings']} is not {line['settings']}: evaluate them alike"
-            )
-    runs = runs_of(lines)
-    aucs = {
-        name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
-        for name in runs
-    }
-    covariance, groups = image_part(results, task, lines, runs.values())
-    return {
-        "aucs": aucs,
-        "covariance": covariance,
-        "groups": groups,
-        "images": "/".join(unique(lines, "test")),
-        "between_runs": auc.variance_between_runs(aucs.values()),
-    }
-
-
-def runs_of(lines):
-    """{name: [the lines of each pre-training run]}; every seed of scratch is a run."""
-    runs = {}
-    for line in lines:
-        run = line["encoder"], line["seed"] if line["encoder"] == "scratch" else ""
-        runs.setdefault(line["name"], {}).setdefault(run, []).append(line)
-    return {name: list(runs[name].values()) for name in runs}
-
-
-def image_part(results, task, lines, rows):
-    """(auc.image_covariance of the rows, groups of test images); without scores both are 0."""
-    known = bootstraps(results, task, lines)
-    if known is None:
-        return np.zeros((len(rows), len(rows))), 0
-    first = known[line_digest(lines[0])]
-    for line in lines:
-        if known[line_digest(line)]["tested"] != first["tested"]:
-            fail(
-                f"{results}: {task}: {line['name']} seed {line['seed']} was not tested on the "
-                f"images of {lines[0]['name']}: delete one of these lines and evaluate again"
-            )
-
-    def draws_of(run):
-        draws = np.array([known[line_digest(line)]["draws"] for line in run], float)
-        return PRECISION * draws.mean(axis=0)
-
-    draws = [np.array([draws_of(run) for run in row]) for row in rows]
-    return auc.image_covariance(draws), first["groups"]
-
-
-def bootstraps(results, task, lines):
-    """{line_digest: what make_record found}, for each line; None where scores are missing.
-
-    Kept in results-draws.jsonl beside results.csv, so that a second table takes no time, and none
-    needs the scores, which are too large to publish.
-    """
-    path = Path(results).with_name(f"{Path(results).stem}-draws.jsonl")
-    known = {record["line"]: record for record in read_draws(path)}
-    missing = [line for line in lines if line_digest(line) not in known]
-    if not missing:
-        return known
-    if not scores_folder(results).is_dir():
-        return None
-    for line in tqdm(missing, f"bootstrap: {task}", unit="line", disable=None):
-        known[line_digest(line)] = make_record(results, line)
-    with locked(path):  # another table may have added to it meanwhile
-        known = {record["line"]: record for record in read_draws(path)} | known
-        with atomic_write(path, text=True) as file:
-            file.writelines(json.dumps(record) + "\n" for record in known.values())
-    return known
-
-
-def read_draws(path):
-    try:
-        return [json.loads(text) for text in path.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError:
-        fail(f"{path}: damaged: delete it, it is made again from the scores")
-
-
-def line_digest(line):
-    """Changes with the line and with the code of the bootstrap."""
-    made_from = json.dumps([line, BOOTSTRAP_CODE, auc.DRAWS], sort_keys=True)
-    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
-
-
-def make_record(results, line):
-    """What was tested, its groups, AUC under each bootstrap sample and of each part (a draw of
-    labels, a fold); in units of PRECISION, None where a class is missing."""
-    *tested, probabilities = read_scores(results, line)
-    images, labels, groups = tested
-    draws = auc.bootstrap(labels, probabilities, auc.sample_weights(labels, groups))
-    parts = probabilities if probabilities.ndim == 3 else probabilities[None]
-    once = np.ones((len(labels), 1))
-    of_parts = [auc.bootstrap_part(labels, part, once)[0] for part in parts]
-
-    def kept(values):
-        return [None if np.isnan(value) else round(value / PRECISION) for value in values]
-
-    return {
-        "line": line_digest(line),
-        "tested": hashlib.sha256(b"".join(array.tobytes() for array in tested)).hexdigest()[:8],
-        "groups": len(np.unique(groups)),
-        "draws": kept(draws),
-        "parts": kept(of_parts),
-    }
-
-
-def estimate_row(found, name, other=None):
-    """auc.estimate of a row, or of its difference to another row, from task_statistics."""
-    return estimate_sum(found, {name: 1} if other is None else {name: 1, other: -1})
-
-
-def estimate_sum(found, weights):
-    """auc.estimate of a weighted sum of rows, {name: weight}, from task_statistics."""
-    rows = [found["aucs"][name] for name in weights]
-    places = [list(found["aucs"]).index(name) for name in weights]
-    covariance = found["covariance"][np.ix_(places, places)]
-    between_runs = found["between_runs"]
-    return auc.estimate(rows, list(weights.values()), covariance, between_runs, found["groups"])
-
-
-def cost(rows, name):
-    """Means over a row's encoders: {"slices", "steps", "dose", "pretrain_seconds"}; or {}."""
-    runs = {row["encoder"]: row for row in rows if row["name"] == name and row["slices"]}
-    if not runs:
-        return {}  # scratch, or encoders without a log
-    columns = ["slices", "steps", "dose", "pretrain_seconds"]
-    return {column: np.mean([float(run[column]) for run in runs.values()]) for column in columns}
-
-
-def auc_table(rows, names, base, found):
-    """Lines of the table of cost and AUC, its head first."""
-    costs = {name: cost(rows, name) for name in names}
-    heads = [task_head(task, found[task]) for task in found]
-    lines = [["row", "slices", "steps", "equal to", "dose", "pre-training", "speed-up", *heads]]
-    for name in names:
-        aucs = [auc_cell(found[task], name) for task in found]
-        lines.append([name, *cost_cells(costs, name, base), *aucs])
-    return lines
-
-
-def task_head(task, found):
-    """Such as: covid-ct (n=203, 120 groups)."""
-    text = f"n={found['images']}"
-    if found["groups"] and str(found["groups"]) != found["images"]:
-        text += f", {found['groups']} groups"
-    if task in DEPENDENT:
-        text += f"; {DEPENDENT[task]}"
-    return f"{task} ({text})"
-
-
-def cost_cells(costs, name, base):
-    """Slices, steps, what equals whom, dose, time and speed-up over the baseline, as text."""
-    known = costs[name]
-    if not known:
-        return ["-"] * 6
-    equal = []
-    for other, column in ((BUDGET, "slices"), (base, "steps")):
-        theirs = costs.get(other)
-        if theirs and abs(known[column] - theirs[column]) <= EQUAL * theirs[column]:
-            equal.append(f"{other}'s {column}")
-    seconds = known["pretrain_seconds"]
-    speed_up = f"{costs[base]['pretrain_seconds'] / seconds:.1f} x" if costs.get(base) else "-"
-    cells = [f"{known['slices']:.0f}", f"{known['steps']:.0f}", ", ".join(equal) or "-"]
-    return [*cells, f"{known['dose']:.2f}", f"{seconds:.0f} s", speed_up]
-
-
-def auc_cell(found, name):
+def auc_cell(table, name):
     """0.957 ± 0.002 [0.952, 0.962]: mean and SD over runs, and the interval."""
-    if name not in found["aucs"]:
-        return "-"
-    aucs = found["aucs"][name]
-    text = f"{np.mean(aucs):.3f}"
-    if len(aucs) > 1:
-        text += f" ± {np.std(aucs, ddof=1):.3f}"
-    return text + interval_text(estimate_row(found, name), ".3f", found["groups"])
+    aucs = table.aucs[name]
+    spread = f" ± {np.std(aucs, ddof=1):.3f}" if len(aucs) > 1 else ""
+    return f"{np.mean(aucs):.3f}{spread}{interval_text(table, table.estimate({name: 1}), '.3f')}"
 
 
-def interval_text(estimated, style, groups):
+def interval_text(table, estimate, style):
     """[low, high] with a leading space; empty where neither runs nor images are known."""
-    if estimated["runs"] == 1 and not groups:
+    if estimate.runs == 1 and not table.groups:
         return ""
-    low, high = estimated["interval"]
+    low, high = estimate.interval
     text = f" [{low:{style}}, {high:{style}}]"
-    return text + (" images only" if estimated["runs"] == 1 else "")
+    return text + (" images only" if estimate.runs == 1 else "")
 
 
-def difference_tables(names, base, found):
-    """How many p are corrected, the table of differences to the baseline, and their power."""
-    estimates = {
-        (name, task): estimate_row(found[task], name, base)
-        for name in names
-        for task in found
-        if name != base and {name, base} <= set(found[task]["aucs"])
-    }
-    tested = [one for one in estimates.values() if one["p"] is not None]
-    for one, corrected in zip(tested, auc.holm([one["p"] for one in tested])):
-        one["holm"] = corrected
-    lines = [["row", *(task_head(task, found[task]) for task in found)]]
-    for name in names:
-        if name != base:
-            cells = [difference_cell(estimates.get((name, task)), found[task]) for task in found]
-            lines.append([name, *cells])
-    text = [f"Differences with a p, for which Holm corrects: {len(tested)}.", markdown(lines)]
-    for task in found:
-        of_task = [estimates[key] for key in estimates if key[1] == task]
-        text.append(power(task, base, of_task))
-    return text
-
-
-def difference_cell(estimated, found):
-    if estimated is None:
-        return "-"
-    text = f"{estimated['value']:+.3f}" + interval_text(estimated, "+.3f", found["groups"])
-    if estimated["p"] is None:
-        return f"{text}, p needs 2 runs of both rows"
-    text += f" {p_text(estimated['p'])}, Holm {p_text(estimated['holm'])}"
-    return text + (" (may be chance)" if estimated["holm"] >= 0.05 else "")
+def difference_cells(table, differences):
+    """{row: [difference with its interval, p, p after Holm]} as text."""
+    tested = [name for name in differences if differences[name].p is not None]
+    corrected = dict(zip(tested, auc.holm([differences[name].p for name in tested]), strict=True))
+    cells = {}
+    for name, difference in differences.items():
+        text = f"{difference.value:+.3f}{interval_text(table, difference, '+.3f')}"
+        cells[name] = [text, p_text(difference.p), p_text(corrected.get(name))]
+    return cells
 
 
 def p_text(p):
-    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def power(task, base, estimates):
+def power(baseline, differences):
     """What the runs and images at hand can tell, in words."""
-    if not estimates:
-        return f"{task}: nothing to compare to {base}."
-    detectable = [one["detectable"] for one in estimates if one["p"] is not None]
+    detectable = [difference.detectable for difference in differences if difference.p is not None]
     if not detectable:
-        return f"{task}: no p, since a difference needs 2 pre-training runs or more of both rows."
-    by_row = f" ({min(detectable):.3f} to {max(detectable):.3f}, by row)"
+        return "No p: a difference needs 2 pre-training runs or more of both rows."
     return (
-        f"{task}: a row and {base} cannot be told apart below a true difference of "
-        f"{np.median(detectable):.3f}{by_row if len(detectable) > 1 else ''}: it takes that to "
-        "find p < 0.05, uncorrected, with 80 % power from these runs and images."
+        f"A row and {baseline} cannot be told apart below a true difference of "
+        f"{np.median(detectable):.3f} ({min(detectable):.3f} to {max(detectable):.3f}, by row): "
+        "it takes that to find p < 0.05, uncorrected, with 80 % power from these runs and images. "
+        f"Holm corrects for the {len(detectable)} p of this table."
     )
+
+
+def paper_numbers(task):
+    """The paper's numbers of one of its own tasks, as paragraphs; none of other tasks."""
+    if task not in PAPER:
+        return []
+    name, everything, reduced = PAPER[task]
+    text = f"AUC on {name}, from the abstract: ALL {everything}, reduced {reduced}."
+    drafts = {data: aucs for (of_task, data), aucs in DRAFTS.items() if of_task == task}
+    if not drafts:
+        return [f"## {task}: the paper's numbers", text]
+    text += " Below: drafts of the authors' charts, unconfirmed, by pre-training data."
+    lines = [["row", *drafts]]
+    for row, *aucs in zip(DRAFT_ROWS, *drafts.values(), strict=True):
+        lines.append([row, *(f"{value:.3f}" for value in aucs)])
+    return [f"## {task}: the paper's numbers", text, markdown(lines)]
 
 
 def markdown(lines):
     """A Markdown table; the first line is its head."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def find_name(names, name):
-    """The row of that name, in any case of letters; None if there is none."""
-    return next((found for found in names if found.lower() == name.lower()), None)
-
-
-def row_of(name):
-    """Hash-6 for Hash-6-steps-x3: the row of which a row is another length."""
-    return name.split("-steps")[0]
-
-
-def unique(rows, column):
-    """The different values of a column, in the order of the rows."""
-    return list(dict.fromkeys(row[column] for row in rows))
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import re
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +15,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from common.ct import read_image, scale_to_uint8
 from common.files import fail
-from common.hashing import dhash, hamming
+from common.hashing import SAME_IMAGE, near_duplicates, slice_hash
 
 TASKS = ["covid-ct", "organ", "head-ct", "images", "toy-lesion", "toy-organ"]
 SPLITS = ["train", "val", "test"]
 MADE_FOLDS = 5  # of a split that we make: one tests, one validates, the others train
-DUPLICATE_BITS = 4  # dHashes of near-duplicates differ by no more (our choice, by looking)
 
 
 class Task(NamedTuple):
@@ -27,8 +28,7 @@ class Task(NamedTuple):
     classes: list  # their names
     split: np.ndarray | None  # published: "train", "val" or "test" [N]; None: see split_of
     groups: np.ndarray  # int [N]; images of one group are not independent
-    names: list  # of the image files, below the data folder; in an npz "train 17"
-    hashes: np.ndarray  # uint64 [N], dHash of the image in its full size
+    hashes: np.ndarray  # uint64 [N], of the images in their full size
     mean: float = 0.5  # of the values in 0..1; used by fine-tuning
     std: float = 0.5
     vertical_flip: bool = False  # augmentation of fine-tuning
@@ -36,38 +36,32 @@ class Task(NamedTuple):
     @property
     def digest(self):
         """8 hex digits that change with images, labels, groups, split and augmentation."""
-        found = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
+        sha = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
         for array in (self.images, self.labels, self.groups, self.split):
             if array is not None:
-                found.update(array.tobytes())
-        return found.hexdigest()[:8]
+                sha.update(array.tobytes())
+        return sha.hexdigest()[:8]
 
 
 class Listed(NamedTuple):
-    """One image of a data set, as its list has it."""
+    """One image of a data set, as its list has it; what the list does not tell is empty."""
 
-    name: str  # its file, below the data folder
+    file: Path
     label: str
-    split: str  # train, val or test; "" where none is published
-    group: str  # a patient or paper; "" where none is known
-    where: str  # the list that names it, and the line, for messages
+    split: str = ""  # train, val or test
+    group: str = ""  # a patient or paper
 
 
 def load_task(name, data, size):
     """One of TASKS from its folder (npz tasks: or file), the images resized to size x size."""
     data = Path(data)
-    if not data.exists():
-        fail(f"{data}: no such file or folder")
-    if name == "covid-ct":
-        task = load_images(list_covid_ct(data), data, size)
-        return task._replace(
-            mean=0.56, std=0.2907, vertical_flip=True
-        )  # official code, one for its three channels
-    if name == "head-ct":
-        return load_images(list_head_ct(data), data, size)
-    if name == "images":
-        return load_images(list_images(data), data, size)
-    return load_npz("*organ*.npz" if name == "organ" else f"{name}.npz", data, size)
+    lists = {"covid-ct": list_covid_ct, "head-ct": list_head_ct, "images": list_images}
+    if name not in lists:
+        return load_npz("*organ*.npz" if name == "organ" else f"{name}.npz", data, size)
+    task = load_images(lists[name](data), data, size)
+    if name == "covid-ct":  # official code, one value for its three channels
+        return task._replace(mean=0.56, std=0.2907, vertical_flip=True)
+    return task
 
 
 def list_images(data):
@@ -76,27 +70,16 @@ def list_images(data):
     file: below the folder. label: any text. split: train, val or test, all three of which must
     occur. group: a patient or paper, whose images stay on one side of every split that is made.
     """
-    listed = []
-    for where, row in read_table(data / "labels.csv", ["file", "label"]):
-        for column, text in row.items():
-            if column in ("file", "label", "split", "group") and not text:
-                fail(f"{where}: {column} is empty: fill it in, or leave the whole column out")
-        split = row.get("split", "")
-        if split not in ("", *SPLITS):
-            fail(f"{where}: split {split!r} must be train, val or test")
-        listed.append(Listed(row["file"], row["label"], split, row.get("group", ""), where))
-    return listed
+    lines = read_table(data / "labels.csv", ["file", "label"], ["split", "group"])
+    return [Listed(**line)._replace(file=data / line["file"]) for line in lines]
 
 
 def list_head_ct(data):
     """Head CT haemorrhage: labels.csv (`id, hemorrhage`) and images 000.png ..."""
     listed = []
-    for where, row in read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"]):
-        number, label = row["id"], row["hemorrhage"]
-        if not number.isdecimal() or label not in ("0", "1"):
-            fail(f"{where}: id {number!r} must be a whole number, hemorrhage {label!r} 0 or 1")
-        file = find_one(data, f"{int(number):03d}.png")
-        listed.append(Listed(file.relative_to(data).as_posix(), label, "", "", where))
+    for line in read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"]):
+        file = find_one(data, f"{line['id']:0>3}.png")
+        listed.append(Listed(file, line["hemorrhage"]))
     return listed
 
 
@@ -105,14 +88,11 @@ def list_covid_ct(data):
     listed = []
     for label, kind in [("0", "NonCOVID"), ("1", "COVID")]:
         for part in SPLITS:
-            listing = find_one(data, f"{part}CT_{kind}.txt")
-            names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
-            if not names:
-                fail(f"{listing}: lists no image: download it again")
-            for name in names:
+            for name in read_text(find_one(data, f"{part}CT_{kind}.txt")).split():
                 group = f"{kind} {covid_ct_source(name)}"
-                listed.append(Listed(f"CT_{kind}/{name}", label, part, group, str(listing)))
-    return join_numbered(listed)
+                listed.append(Listed(data / f"CT_{kind}" / name, label, part, group))
+    groups = {image.group for image in listed}
+    return [image._replace(group=first_of_run(image.group, groups)) for image in listed]
 
 
 def covid_ct_source(name):
@@ -128,53 +108,72 @@ def covid_ct_source(name):
     return re.split("[_%]", stem)[0] + dot + suffix
 
 
-def join_numbered(listed):
+def first_of_run(group, groups):
     """NonCOVID's 1046.png, 1047.png ... are one group as long as the numbers are consecutive.
 
-    Runs of consecutive numbers show slices of one scan (seen: 1046-1050, 1210-1217, 2138-2145); a
-    few also hold the next patient's, which costs nothing but a larger group.
+    Such runs show slices of one scan (seen: 1046-1050, 1210-1217, 2138-2145); a few also hold the
+    next patient's, which costs nothing but a larger group.
     """
-    numbered = re.compile(r"CT_NonCOVID/(\d+)\.png")
-    numbers = {int(match[1]) for image in listed if (match := numbered.fullmatch(image.name))}
-    joined = []
-    for image in listed:
-        if match := numbered.fullmatch(image.name):
-            first = int(match[1])
-            while first - 1 in numbers:
-                first -= 1
-            image = image._replace(group=f"NonCOVID {first}.png")
-        joined.append(image)
-    return joined
+    while match := re.fullmatch(r"NonCOVID (\d+)\.png", group):
+        earlier = f"NonCOVID {int(match[1]) - 1}.png"
+        if earlier not in groups:
+            break
+        group = earlier
+    return group
 
 
 def load_images(listed, data, size):
     """The Task of listed images; near-duplicates are one group where the list has no groups."""
-    earlier = {}
-    for image in listed:
-        if image.name in earlier:
-            fail(
-                f"{image.where}: lists {image.name} again, which {earlier[image.name]} lists "
-                "already: delete one of the two lines"
-            )
-        earlier[image.name] = image.where
-        if not (data / image.name).is_file():
-            fail(f"{image.where}: lists {image.name}, which {data} does not hold: unpack it there")
-    originals = [read_grey(data / image.name) for image in listed]
-    hashes = hash_all(originals)
-    classes = sorted_classes(image.label for image in listed)
-    groups = duplicate_groups(hashes)
-    if listed[0].group:
-        groups = np.unique([image.group for image in listed], return_inverse=True)[1]
+    if not listed:
+        fail(f"{data}: its list names no image")
+    for file, times in Counter(image.file for image in listed).items():
+        if times > 1:
+            fail(f"{file}: is listed {times} times: delete all but one")
+    files, labels, split, groups = zip(*listed, strict=True)
+    return make_task(data, [read_grey(file) for file in files], labels, split, groups, size)
+
+
+def load_npz(pattern, data, size):
+    """A MedMNIST npz: {train,val,test}_images uint8 [N, h, w] and _labels int [N, 1].
+
+    data: the file, or its folder. It tells no patients: each image is a group of its own.
+    """
+    file = find_one(data, pattern) if data.is_dir() else data
+    originals, labels, split = [], [], []
+    with readable(file), np.load(file, allow_pickle=False) as arrays:
+        for part in SPLITS:
+            images, numbers = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+            grey = images.dtype == np.uint8 and images.ndim == 3
+            if not (grey and numbers.dtype.kind in "iu" and numbers.size == len(images)):
+                shapes = f"{images.dtype} {images.shape} and {numbers.dtype} {numbers.shape}"
+                raise ValueError(f"{part}: {shapes} are no uint8 [N, h, w] and int [N, 1]")
+            originals += list(images)
+            labels += numbers.reshape(-1).astype(str).tolist()
+            split += [part] * len(images)
+    return make_task(file, originals, labels, split, range(len(labels)), size)
+
+
+def make_task(source, originals, labels, split, groups, size):
+    """The Task of images in their full size; split and groups are empty texts where unknown."""
+    classes = sorted_classes(labels)
+    if len(classes) < 2:
+        fail(f"{source}: all images are of class {', '.join(classes)}: at least two are needed")
+    if any(split) and set(split) != set(SPLITS):
+        fail(f"{source}: its splits are {sorted(set(split))}: needed are train, val and test")
+    hashes = np.array([int(slice_hash(image), 16) for image in originals], np.uint64)
+    known_groups = np.unique(groups, return_inverse=True)[1]
     task = Task(
         images=resize(originals, size),
-        labels=np.array([classes.index(image.label) for image in listed]),
+        labels=np.array([classes.index(label) for label in labels]),
         classes=classes,
-        split=np.array([image.split for image in listed]) if listed[0].split else None,
-        groups=groups,
-        names=[image.name for image in listed],
+        split=np.array(split) if any(split) else None,
+        groups=known_groups if any(groups) else duplicate_groups(hashes),
         hashes=hashes,
     )
-    return checked(task, listed[0].where.split(": line")[0])
+    if task.split is None:
+        check_parts(task, source, {"all": slice(None)}, MADE_FOLDS)
+    check_parts(task, source, split_of(task), 2)
+    return task
 
 
 def sorted_classes(labels):
@@ -186,81 +185,27 @@ def sorted_classes(labels):
         return classes
 
 
-def load_npz(pattern, data, size):
-    """A MedMNIST npz: {train,val,test}_images uint8 [N, h, w] and _labels int [N, 1].
+def resize(images, size):
+    """uint8 [h, w] each -> uint8 [N, size, size], bilinear, antialiased (official code)."""
+    bilinear = Image.Resampling.BILINEAR
+    return np.stack([Image.fromarray(image).resize((size, size), bilinear) for image in images])
 
-    data: the file, or the folder that holds one that fits the pattern. It tells no patients, so
-    each image is a group of its own.
-    """
-    file = find_one(data, pattern) if data.is_dir() else data
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            parts = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SPLITS}
-    except Exception as error:  # whatever a damaged file makes numpy and zipfile raise
-        fail(
-            f"{file}: damaged, or not a MedMNIST npz with images and labels of train, val and "
-            f"test ({error})"
-        )
-    for part, (images, labels) in parts.items():
-        grey = images.dtype == np.uint8 and images.ndim == 3 and images.size
-        whole = labels.dtype.kind in "iu" and labels.size == len(images)
-        if not grey or not whole or labels.min() < 0:
+
+def check_parts(task, source, parts, least):
+    """Stop with one line unless each of the parts, {name: images}, has `least` of every class."""
+    for name, images in parts.items():
+        counts = np.bincount(task.labels[images], minlength=len(task.classes))
+        if counts.min() < least:
+            label = counts.argmin()
+            groups = task.groups[task.labels == label]
             fail(
-                f"{file}: {part}_images is {images.dtype} {list(images.shape)}, {part}_labels "
-                f"{labels.dtype} {list(labels.shape)}: needed are grey images, uint8 [N, h, w], "
-                "and for each a whole number, not negative"
+                f"{source}: class {task.classes[label]} ({len(groups)} images of "
+                f"{len(np.unique(groups))} groups) has {counts.min()} in {name}, needed are {least}"
             )
-    originals = [image for images, _ in parts.values() for image in images]
-    labels = np.concatenate([labels.reshape(-1).astype(int) for _, labels in parts.values()])
-    classes = range(max(2, len(np.unique(labels))))
-    for label in classes:
-        if label not in labels:
-            fail(
-                f"{file}: class {label} holds no image: classes must be numbered from 0 on, at "
-                "least two"
-            )
-    task = Task(
-        images=resize(originals, size),
-        labels=labels,
-        classes=[str(label) for label in classes],
-        split=np.repeat(SPLITS, [len(images) for images, _ in parts.values()]),
-        groups=np.arange(len(labels)),
-        names=[f"{part} {i}" for part, (images, _) in parts.items() for i in range(len(images))],
-        hashes=hash_all(originals),
-    )
-    return checked(task, file)
-
-
-def checked(task, source):
-    """The task, after making sure that every part of its split holds two images of every class."""
-    if len(task.classes) < 2:
-        fail(f"{source}: all images are of class {task.classes[0]}: at least two are needed")
-    count, label = rarest_class(task)
-    if task.split is None and count < 2 * MADE_FOLDS:
-        fail(
-            f"{source}: class {task.classes[label]} holds {count} images: a split needs at least "
-            f"{2 * MADE_FOLDS}"
-        )
-    for part, rows in split_of(task).items():
-        if len(rows) == 0:
-            fail(f"{source}: its split has no {part} images: train, val and test are needed")
-        count, label = rarest_class(task, rows)
-        if count < 2:
-            fail(
-                f"{source}: the {part} split holds {count} images of class {task.classes[label]}, "
-                "at least 2 are needed"
-            )
-    return task
-
-
-def rarest_class(task, rows=slice(None)):
-    """(number of its images, label) of the class with the fewest images among the rows."""
-    counts = np.bincount(task.labels[rows], minlength=len(task.classes))
-    return counts.min(), counts.argmin()
 
 
 def split_of(task):
-    """{"train": rows, "val": rows, "test": rows}: the published split, or one of about 60/20/20 %.
+    """{"train", "val", "test": images}, int [n]: the published split, or one of about 60/20/20 %.
 
     The made split is the same for every encoder. It keeps groups on one side, and the largest
     folds for training, so that a large group does not become the test set.
@@ -272,39 +217,32 @@ def split_of(task):
 
 
 def make_folds(task, folds, seed):
-    """Rows of each fold: stratified by class, whole groups, drawn from the seed."""
+    """The images of each fold: stratified by class, whole groups, drawn from the seed."""
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return [test for _, test in splitter.split(task.labels, task.labels, task.groups)]
 
 
 def checked_folds(task, folds, repeats):
     """make_folds for every repeat, each fold with an image of every class, or one line."""
-    count, label = rarest_class(task)
-    if count < folds:
-        fail(
-            f"--folds {folds}: class {task.classes[label]} holds only {count} images: use fewer "
-            "folds"
-        )
-    found = [make_folds(task, folds, seed) for seed in range(repeats)]
-    for rows in sum(found, []):
-        count, label = rarest_class(task, rows)
-        if count == 0:
-            groups = len(np.unique(task.groups[task.labels == label]))
-            fail(
-                f"--folds {folds}: a fold holds no image of class {task.classes[label]}, whose "
-                f"images are of {groups} groups: use fewer folds"
-            )
-    return found
+    source = f"--folds {folds} are too many"
+    check_parts(task, source, {"all": slice(None)}, folds)
+    made = [make_folds(task, folds, seed) for seed in range(repeats)]
+    for repeat in made:
+        check_parts(task, source, {f"fold {i}": images for i, images in enumerate(repeat)}, 1)
+    return made
 
 
-def near_pairs(hashes):
-    """[(row, later row, bits)] of all near-duplicates, uint64 [n]."""
-    pairs = []
-    for row, value in enumerate(hashes):
-        bits = hamming(hashes[row + 1 :], value)
-        near = np.flatnonzero(bits <= DUPLICATE_BITS)
-        pairs += [(row, row + 1 + int(i), int(bits[i])) for i in near]
-    return pairs
+def draw_labels(task, train, share, draw):
+    """A stratified share of the training images, at least one a class.
+
+    The same for every encoder: they depend on the number of the draw only.
+    """
+    rng = np.random.default_rng(draw)
+    drawn = []
+    for label in range(len(task.classes)):
+        members = rng.permutation(train[task.labels[train] == label])
+        drawn.append(members[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(drawn))
 
 
 def duplicate_groups(hashes):
@@ -314,79 +252,73 @@ def duplicate_groups(hashes):
     so that chains of near-duplicates, each a little other than the last, do not swallow the set.
     """
     groups = np.arange(len(hashes))
-    for row in range(len(hashes)):
-        near = hamming(hashes[:row], hashes[row]) <= DUPLICATE_BITS
-        for group in np.unique(groups[:row][near]):
-            if near[groups[:row] == group].all():
-                groups[row] = group
+    for image in range(len(hashes)):
+        [near] = near_duplicates(hashes[image : image + 1], SAME_IMAGE, hashes[:image])
+        for group in np.unique(groups[:image][near]):
+            if near[groups[:image] == group].all():
+                groups[image] = group
                 break
     return groups
 
 
-def leaks(task, split):
-    """[(test row, row of the nearest training image, bits)] of near-duplicates across the split."""
-    train = task.hashes[split["train"]]
-    found = []
-    for row in split["test"]:
-        bits = hamming(train, task.hashes[row])
-        nearest = bits.argmin()
-        if bits[nearest] <= DUPLICATE_BITS:
-            found.append((int(row), int(split["train"][nearest]), int(bits[nearest])))
-    return found
+def report(name, task, folds):
+    """Print what a task holds, and how far the images that its split tests depend on others."""
+    groups = len(np.unique(task.groups))
+    print(f"{name}: {len(task.labels)} images, {groups} groups, classes {', '.join(task.classes)}")
+    if len(task.classes) == 2:
+        print(f"{name}: AUC and F1 are those of class {task.classes[1]}")
+    if folds:  # of whole groups
+        return
+    train, val, test = split_of(task).values()
+    near = near_duplicates(task.hashes[test], SAME_IMAGE, task.hashes[train]).any(axis=1)
+    shared = np.isin(task.groups[test], task.groups[np.concatenate([train, val])])
+    print(
+        f"{name}: {near.sum()} of {len(test)} test images have a near-duplicate (hashes within "
+        f"{SAME_IMAGE} bits) among the training images, {shared.sum()} are of a group of the "
+        "training or validation images"
+    )
 
 
 def find_one(folder, pattern):
     """The only file below folder that fits the pattern."""
-    found = sorted(folder.rglob(pattern))
-    if len(found) != 1:
-        fail(f"{folder}: holds {len(found)} files {pattern}, one is needed")
-    return found[0]
+    files = sorted(folder.rglob(pattern))
+    if len(files) != 1:
+        fail(f"{folder}: holds {len(files)} files {pattern}, one is needed")
+    return files[0]
 
 
-def read_table(path, needed):
-    """[("PATH: line 7", {column: text})] of a CSV file that has at least the needed columns."""
+@contextmanager
+def readable(file):
+    """One line for whatever a damaged file makes a library raise."""
     try:
+        yield
+    except Exception as error:
+        fail(f"{file}: damaged, or not what it should be: {' '.join(str(error).split())}")
+
+
+def read_table(path, needed, optional=()):
+    """The lines of a CSV file, {column: text}: needed columns, and optional ones that it has."""
+    lines = []
+    with readable(path):
         reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
-        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        lines = [(f"{path}: line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        fail(f"{path}: cannot be read as CSV: {error}")
-    if not set(needed) <= set(columns):
-        first = ",".join(columns) or "empty"
-        fail(f"{path}: needs the columns {' and '.join(needed)}, its first line is {first}")
-    if not lines:
-        fail(f"{path}: lists no image: download it again")
-    for where, row in lines:
-        if None in row:
-            fail(f"{where}: has more cells than the first line: quote names that hold a comma")
-        row.update({column: text.strip() for column, text in row.items()})
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        for line in reader:
+            columns = [*needed, *(name for name in optional if name in line)]
+            cells = [line.get(name, "").strip() for name in columns]
+            if None in line or "" in cells:
+                where = f"{path}: line {reader.line_num}: {line}"
+                fail(f"{where} must tell {' and '.join(columns)}, commas in quotes, and no more")
+            lines.append(dict(zip(columns, cells, strict=True)))
     return lines
 
 
 def read_text(file):
-    try:
+    with readable(file):
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{file}: cannot be read as text: {error}")
 
 
 def read_grey(file):
     """An image file as grey values, uint8 [h, w]."""
-    try:
+    with readable(file):
         grey = read_image(file)
-    except Exception as error:  # whatever a damaged file makes Pillow raise
-        fail(f"{file}: cannot be read as an image ({error}): download it again")
     return grey if grey.dtype == np.uint8 else scale_to_uint8(grey)
-
-
-def hash_all(images):
-    return np.array([int(dhash(image), 16) for image in images], np.uint64)
-
-
-def resize(images, size):
-    """A list of uint8 [h, w] -> uint8 [N, size, size], antialiased, aspect ratio given up.
-
-    Official code: torchvision's Resize.
-    """
-    bilinear = Image.Resampling.BILINEAR
-    return np.stack([Image.fromarray(image).resize((size, size), bilinear) for image in images])
