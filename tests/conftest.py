@@ -47,16 +47,14 @@ def write_dicom():
         dataset.PixelData = stored.astype("<i2" if stored.min() < 0 else "<u2").tobytes()
         dataset.Modality, dataset.SeriesInstanceUID, dataset.InstanceNumber = "CT", "1.2.3", 1
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
-        dataset.ImagePositionPatient, dataset.ImageOrientationPatient = (
-            [0, 0, 0],
-            [1, 0, 0, 0, 1, 0],
-        )
+        dataset.ImagePositionPatient = [0, 0, 0]
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         for tag, value in tags.items():
             if value is None:
                 del dataset[tag]
             elif (
                 tag == "PixelPaddingValue" and value > 32767
-            ):  # as scanners do, unsigned beside signed pixels
+            ):  # as scanners do, beside signed pixels
                 dataset.add_new(tag, "US", value)
             else:
                 setattr(dataset, tag, value)
@@ -68,7 +66,7 @@ def write_dicom():
 
 @pytest.fixture(scope="session")
 def run():
-    """run(script and arguments): the finished process, with its text output; fails the test unless `ok` fits."""
+    """run(script and arguments): the finished process; fails the test unless `ok` fits."""
 
     def call(*command, ok=True, program=sys.executable):
         environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -84,7 +82,7 @@ def run():
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """here(script and arguments): what the script prints, run in this process, which spares the import of torch."""
+    """here(script and arguments): what it prints, run in this process: no import of torch."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -97,7 +95,7 @@ def here(monkeypatch, capsys):
 
 @pytest.fixture
 def stopped(here):
-    """stopped(script and arguments): the one line that the script ends with, run in this process."""
+    """stopped(script and arguments): the one line that it ends with, run in this process."""
 
     def call(*command):
         with pytest.raises(SystemExit) as caught:

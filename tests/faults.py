@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,34 +33,23 @@ def commands(folder):
     toy.write_cohort(folder / "ct", patients=3, slices=30)
     toy.write_tasks(folder, size=32)
     finish(["reduce.py", folder / "ct", folder / "store", "--strategy", "hash"])
-    selection = folder / "store" / "hash-6.csv"
-    small = ["--arch", "resnet18", "--size", 32]
-
-    def reduce(out):
-        return ["reduce.py", folder / "ct", out, "--strategy", "ssim", "--keep", 0.2]
-
-    def pretrain(out):
-        flags = ["--optimizer", "adamw", "--batch-size", 8, "--epochs", 6]
-        return ["-c", SAVE_AFTER_EVERY_STEP, selection, out, *small, *flags]
-
-    def evaluate(out):
-        flags = ["--encoder", "scratch", "--epochs", 2, "--seeds", 3]
-        results = ["--results", out / "results.csv"]
-        return ["evaluate.py", "toy-organ", folder, *results, *small, *flags]
-
-    return {"reduce.py": reduce, "pretrain.py": pretrain, "evaluate.py": evaluate}
+    small = ["--arch", "resnet18", "--size", 32, "--epochs"]
+    pretrain = ["-c", SAVE_AFTER_EVERY_STEP, folder / "store" / "hash-6.csv"]
+    training = [*small, 6, "--optimizer", "adamw", "--batch-size", 8]
+    evaluate = ["evaluate.py", "toy-organ", folder, "--encoder", "scratch", "--seeds", 3]
+    ssim = ["--strategy", "ssim", "--keep", 0.2]
+    return {
+        "reduce.py": lambda out: ["reduce.py", folder / "ct", out, *ssim],
+        "pretrain.py": lambda out: [*pretrain, out, *training],
+        "evaluate.py": lambda out: [*evaluate, *small, 2, "--results", out / "results.csv"],
+    }
 
 
 def start(command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **output)
 
 
 def finish(command):
@@ -81,28 +69,26 @@ def content(folder):
 
 
 def without_times(path):
-    if path.suffix == ".json":
-        lines = [json.loads(path.read_text())]
-    elif path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    elif path.name == "results.csv":
-        with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-    else:
+    if path.suffix not in (".json", ".jsonl", ".csv"):
         return path.read_bytes()
+    text = path.read_text()
+    if path.suffix == ".csv":
+        lines = list(csv.DictReader(text.splitlines()))
+    else:  # a kill may leave the bootstrap of a line that never came
+        one_a_line = path.suffix == ".jsonl"
+        lines = [
+            json.loads(t) for t in (dict.fromkeys(text.splitlines()) if one_a_line else [text])
+        ]
     return [{key: line[key] for key in line if key not in TIMES} for line in lines]
 
 
 def kill(command, after):
-    """Kill the command `after` seconds from its start, and wait until its workers have ended too.
-
-    Returns whether it still ran.
-    """
+    """Kill the command after so many seconds; whether it still ran."""
     process = start(command)
     time.sleep(after)
     running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()  # ends with the last process that holds its output
+    process.kill()
+    process.communicate()  # ends with the last process that holds its output, a worker maybe
     return running
 
 
@@ -132,25 +118,14 @@ def same_after_kills(command, folder, kills, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--script", help="only this one")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as work:
         for script, command in commands(Path(work)).items():
-            if args.script not in (None, script):
-                continue
-            same = 0
-            for after, different in same_after_kills(
-                command, Path(work, script), args.kills, args.seed
-            ):
-                same += not different
+            for after, different in same_after_kills(command, Path(work, script), kills, seed=0):
                 result = f"OTHER FILES: {', '.join(different)}" if different else "the same files"
                 print(f"{script}: killed after {after:.1f} s: {result}", flush=True)
-            print(f"{script}: {same} of {args.kills} the same")
 
 
 if __name__ == "__main__":

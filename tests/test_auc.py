@@ -24,6 +24,15 @@ def test_auc_is_that_of_scikit_learn(classes, ties):
     assert auc.metrics(labels, p)["auc"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_f1_and_accuracy_by_hand():
+    """Two classes: F1 of class 1 (covid, haemorrhage); more: mean over classes."""
+    p = np.array([0.1, 0.2, 0.6, 0.8, 0.3])  # one true, one false and one missed positive
+    found = auc.metrics(np.array([0, 0, 0, 1, 1]), np.stack([1 - p, p], 1))
+    assert found == {"f1": 0.5, "accuracy": 0.6, "auc": 5 / 6}
+    found = auc.metrics(np.array([0, 1, 2]), np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]]))
+    assert found["f1"] == pytest.approx((0 + 2 / 3 + 1) / 3) and found["accuracy"] == 2 / 3
+
+
 def test_weighted_auc_is_that_of_the_resampled_images():
     labels, p = scores(60, 2, 0, True)
     rng = np.random.default_rng(1)
@@ -35,40 +44,37 @@ def test_weighted_auc_is_that_of_the_resampled_images():
 
 def test_a_class_that_a_sample_misses_is_left_out():
     labels, p = scores(30, 3, 0, False)
-    weights = np.ones((30, 2), np.float32)
-    weights[labels == 2, 1] = 0
     rest = labels != 2
     expected = [roc_auc_score(labels[rest] == c, p[rest, c]) for c in (0, 1)]
-    assert auc.weighted_auc(labels, p, weights)[1] == pytest.approx(np.mean(expected))
+    assert auc.weighted_auc(labels, p, rest[:, None] * 1.0) == pytest.approx(np.mean(expected))
 
 
 def test_bootstrap_is_stratified_paired_and_centred():
     labels, p = scores(200, 2, 2, False)
     weights = auc.sample_weights(labels, np.arange(200))
     assert np.array_equal(weights, auc.sample_weights(labels, np.arange(200)))
-    assert (
-        weights[labels == 1].sum(0) == (labels == 1).sum()
-    ).all()  # every class keeps its number
+    positives = labels == 1
+    assert (weights[positives].sum(0) == positives.sum()).all()  # each class keeps its number
     assert (weights.sum(0) == 200).all() and weights.max() > 3
+    assert weights.var() == pytest.approx(1, abs=0.05)  # as with replacement: Poisson, about
     draws = auc.bootstrap(labels, p, weights)
-    assert draws.shape == (auc.DRAWS,) and draws.std() > 0.02
+    assert draws.shape == (500,) and draws.std() > 0.02
     assert draws.mean() == pytest.approx(auc.metrics(labels, p)["auc"], abs=0.005)
     # a monotone change of scores changes no draw: the two are paired
     assert np.allclose(draws, auc.bootstrap(labels, p**0.5, weights))
 
 
 def test_bootstrap_draws_whole_groups():
-    labels = np.repeat([0, 0, 1, 1, 0, 1], [3, 2, 4, 1, 2, 2])
-    groups = np.array([7, 7, 7, 3, 3, 9, 9, 9, 9, 1, 5, 5, 5, 5])  # group 5 holds both classes
+    labels = np.repeat([0, 0, 1, 1, 0, 1, 0, 1], [3, 2, 4, 1, 2, 2, 1, 2])
+    groups = np.repeat([7, 3, 9, 1, 5, 6], [3, 2, 4, 1, 4, 3])  # 5 and 6 hold both classes
     weights = auc.sample_weights(labels, groups, 400)
     for group in np.unique(groups):
         assert (weights[groups == group] == weights[groups == group][0]).all()
     first = np.unique(groups, return_index=True)[1]
-    times = dict(zip(groups[first], weights[first]))
-    assert (
-        times[7] + times[3] + times[5] == 3
-    ).all()  # of class 0, by the larger half, or the first
-    assert (times[9] + times[1] == 2).all()  # of class 1
+    times = dict(zip(groups[first], weights[first], strict=True))
+    # a group is of its larger class (6: of class 1), or else of the first (5: of class 0)
+    assert (times[7] + times[3] + times[5] == 3).all()
+    assert (times[9] + times[1] + times[6] == 3).all()
     # images that say the same are one: their AUC varies more than that of as many free images
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 5)
@@ -80,32 +86,46 @@ def test_bootstrap_draws_whole_groups():
     assert of_groups / of_images == pytest.approx(5**0.5, rel=0.15)
 
 
-def test_samples_without_a_class_are_left_out():
-    """Both positives lie in groups of negatives, so that a sample may hold none."""
-    labels = np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0])
-    groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
-    p = np.random.default_rng(0).random((10, 2))
-    draws = auc.bootstrap(labels, p, auc.sample_weights(labels, groups))
-    assert 0 < np.isnan(draws).mean() < 0.5
-    expected = np.nanvar(draws, ddof=1)
-    assert auc.image_covariance([draws[None]])[0, 0] == pytest.approx(expected)
-
-
 def test_bootstrap_over_parts_is_that_of_a_plain_loop():
     """Two folds, each with NaN for the other's images, are two AUCs under the same weights."""
     labels, p = scores(60, 3, 4, True)
     fold = np.arange(60) % 2
     parts = np.stack([np.where(fold[:, None] == part, p, np.nan) for part in (0, 1)])
-    weights = auc.sample_weights(labels, np.arange(60), 30)
-    plain = []
-    for draw in weights.T.astype(int):
+    weights = auc.sample_weights(labels, np.arange(60), 250)  # more than one PORTION
+    found = auc.bootstrap(labels, parts, weights)
+    for draw in (0, 1, 124, 125, 249):
+        times = weights[:, draw].astype(int)
         aucs = []
         for part in (0, 1):
-            rows = np.repeat(np.flatnonzero(fold == part), draw[fold == part])
-            for c in range(3):
-                aucs.append(roc_auc_score(labels[rows] == c, p[rows, c]))
-        plain.append(np.mean(aucs))
-    assert np.allclose(auc.bootstrap(labels, parts, weights), plain)
+            images = np.repeat(np.flatnonzero(fold == part), times[fold == part])
+            aucs += [roc_auc_score(labels[images] == c, p[images, c]) for c in range(3)]
+        assert found[draw] == pytest.approx(np.mean(aucs))
+
+
+def test_parts_that_miss_a_class_do_not_count():
+    """A fold without a positive has no AUC; the mean is that of the other folds."""
+    labels = np.array([0, 0, 0, 1, 0, 1])
+    p = np.random.default_rng(0).random((6, 2))
+    parts = np.full((2, 6, 2), np.nan)
+    parts[0, :2], parts[1, 2:] = p[:2], p[2:]
+    [found] = auc.bootstrap(labels, parts, np.ones((6, 1)))
+    assert found == roc_auc_score(labels[2:], p[2:, 1])
+    assert np.isnan(auc.bootstrap(labels, parts[:1], np.ones((6, 1)))).all()
+
+
+def test_the_covariance_is_that_between_rows_less_the_runs_own_part():
+    """Rows of one run: the plain covariance of their draws. Of several: their own part is out."""
+    draws = np.random.default_rng(0).normal(size=(4, 500)) * [[1], [2], [3], [5]]
+    assert np.allclose(auc.image_covariance([draws[:1], draws[1:2]]), np.cov(draws[:2]))
+    found = auc.image_covariance([draws[:3], draws[3:]])
+    mean = draws[:3].mean(axis=0)
+    own = sum(np.var(run - mean, ddof=1) for run in draws[:3]) / 2 / 3
+    assert found[0, 0] == pytest.approx(np.var(mean, ddof=1) - own)
+    assert found[1, 1] == pytest.approx(np.var(draws[3], ddof=1))
+    assert found[0, 1] == found[1, 0] == pytest.approx(np.cov(mean, draws[3])[0, 1])
+    draws[3, :9] = np.nan  # samples that hold one class only
+    found = auc.image_covariance([draws[:1], draws[3:]])
+    assert np.allclose(found, np.cov(draws[[0, 3], 9:]))
 
 
 def test_estimate_is_that_of_the_textbook():
@@ -115,36 +135,47 @@ def test_estimate_is_that_of_the_textbook():
     spread = auc.variance_between_runs([a, b])
     found = auc.estimate([a, b], [1, -1], np.zeros((2, 2)), spread, 100)
     expected = stats.ttest_ind(a, b)
-    assert found["p"] == pytest.approx(expected.pvalue)
-    assert found["freedom"] == pytest.approx(11)
-    assert found["interval"] == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert found["interval_90"] == pytest.approx(tuple(expected.confidence_interval(0.90)))
+    assert found.p == pytest.approx(expected.pvalue) and found.freedom == pytest.approx(11)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.interval_90 == pytest.approx(tuple(expected.confidence_interval(0.90)))
     images = np.array([[5.0, 3.0], [3.0, 2.0]]) * 1e-4  # variance of the difference: 1e-4
     found = auc.estimate([a, b], [1, -1], images, spread, 100)
     run_part = spread[0] * (1 / 5 + 1 / 8)
-    assert found["error"] == pytest.approx((run_part + 1e-4) ** 0.5)
+    assert found.error == pytest.approx((run_part + 1e-4) ** 0.5) and found.runs == 5
     freedom = (run_part + 1e-4) ** 2 / (run_part**2 / 11 + 1e-8 / 99)
-    assert found["freedom"] == pytest.approx(freedom)
+    assert found.freedom == pytest.approx(freedom)
     alone = auc.estimate([a], [1], images[:1, :1], spread, 100)
-    assert alone["value"] == a.mean() and alone["error"] ** 2 == pytest.approx(spread[0] / 5 + 5e-4)
+    assert alone.value == a.mean() and alone.error**2 == pytest.approx(spread[0] / 5 + 5e-4)
+    thirds = auc.estimate([a, b], [1 / 3, -2], images, spread, 100)
+    image_part = 5e-4 / 9 - 2 * 2 / 3 * 3e-4 + 4 * 2e-4
+    assert thirds.error**2 == pytest.approx(spread[0] * (1 / 9 / 5 + 4 / 8) + image_part)
+    # (a - b) - (c - d), of 5, 8, 5 and 8 runs
+    four = auc.estimate([a, b, b, a], [1, -1, -1, 1], np.zeros((4, 4)), spread, 100)
+    assert four.value == pytest.approx(2 * (a.mean() - b.mean()))
+    assert four.error**2 == pytest.approx(spread[0] * (2 / 5 + 2 / 8))
+    with pytest.raises(ValueError):
+        auc.estimate([a, b], [1], np.zeros((1, 1)), spread, 100)
 
 
-def test_one_run_has_no_p():
+def test_an_interval_ends_where_auc_does():
+    far = np.array([0.5, 0.98])
+    spread = auc.variance_between_runs([far])
+    assert auc.estimate([far], [1], np.zeros((1, 1)), spread, 9).interval == (0, 1)
+    found = auc.estimate([far, far], [1, -1], np.zeros((2, 2)), spread, 9)
+    assert found.interval == found.interval_90 == (-1, 1) and found.p == 1
+
+
+def test_one_run_has_no_p_and_no_difference_at_all_has_p_1():
     a, b = np.array([0.8]), np.array([0.7, 0.72, 0.74])
     images = np.diag([3e-4, 1e-4])
     found = auc.estimate([a, b], [1, -1], images, auc.variance_between_runs([a, b]), 50)
-    assert found["p"] is None and found["detectable"] is None and found["runs"] == 1
+    assert found.p is None and found.detectable is None and found.runs == 1
     half = stats.t.ppf(0.975, 49) * 0.02
-    assert found["interval"] == pytest.approx((0.08 - half, 0.08 + half))
+    assert found.interval == pytest.approx((0.08 - half, 0.08 + half))
     assert auc.variance_between_runs([a]) == (0, 0)
-
-
-def test_no_difference_at_all_has_p_1():
     same = np.array([1.0, 1.0])
-    found = auc.estimate(
-        [same, same], [1, -1], np.zeros((2, 2)), auc.variance_between_runs([same]), 9
-    )
-    assert found["p"] == 1 and found["interval"] == (0, 0)
+    found = auc.estimate([same, same], [1, -1], np.zeros((2, 2)), (0.0, 1), 9)
+    assert found.p == 1 and found.interval == (0, 0)
 
 
 def made_rows(rng, labels, runs, effect, run_sd, row_sd, noise_sd):
@@ -191,19 +222,19 @@ def test_true_nulls_are_called_different_in_3_to_7_percent(runs, spread):
     The last is part of both spreads: counted twice, 1 % of the nulls would be called different.
     """
     found = comparisons(runs, 2000, **spread)
-    assert 0.03 <= np.mean([one["p"] < 0.05 for one in found]) <= 0.07
-    covered = [one["interval_90"][0] <= 0 <= one["interval_90"][1] for one in found]
+    assert 0.03 <= np.mean([one.p < 0.05 for one in found]) <= 0.07
+    covered = [one.interval_90[0] <= 0 <= one.interval_90[1] for one in found]
     assert 0.87 <= np.mean(covered) <= 0.93
 
 
 def test_the_detectable_difference_is_found_with_80_percent_power():
     spread = {"run_sd": 0.2, "row_sd": 0.3, "noise_sd": 0.2}
     found = comparisons((5, 5), 300, effect=0.7, **spread)
-    difference = -np.mean([one["value"] for one in found])
-    assert difference == pytest.approx(np.median([one["detectable"] for one in found]), rel=0.05)
-    assert 0.73 <= np.mean([one["p"] < 0.05 for one in found]) <= 0.87
+    difference = -np.mean([one.value for one in found])
+    assert difference == pytest.approx(np.median([one.detectable for one in found]), rel=0.05)
+    assert 0.73 <= np.mean([one.p < 0.05 for one in found]) <= 0.87
     large = comparisons((3, 3), 50, effect=2.0, **spread)
-    assert np.mean([one["p"] < 0.05 for one in large]) > 0.95
+    assert np.mean([one.p < 0.05 for one in large]) > 0.95
 
 
 def test_holm_is_that_of_a_plain_loop():

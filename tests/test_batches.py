@@ -1,6 +1,7 @@
 """The batches of pre-training: order, sampling, shares, augmentation, negatives, dose."""
 
 from collections import Counter
+from itertools import chain, combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,26 +16,17 @@ CPU = torch.device("cpu")
 
 
 def flags(**changed):
-    """pretrain.py's flags that batches.py reads."""
-    defaults = {
-        "sample": "kept",
-        "neighbours": 1,
-        "batch_size": 16,
-        "mask_negatives": None,
-        "mask_random": False,
-        "loss_groups": 1,
-        "seed": 5,
-    }
+    """The flags of pretrain.py that decide its batches."""
+    defaults = {"sample": "kept", "neighbours": 1, "batch_size": 16, "seed": 5}
+    defaults |= {"mask_negatives": None, "mask_random": False, "loss_groups": 1}
     return SimpleNamespace(**defaults | changed)
 
 
-def selection(n, kept=None, volumes=4, slices=None, seed=0):
-    """n slices of one pixel, which is their row; hashes of neighbours differ in a bit or two."""
-    rng = np.random.default_rng(seed)
-    bits = np.logical_xor.accumulate(rng.random((n, 64)) < 0.02, axis=0)
+def selection(n, kept=None, volumes=4):
+    """n slices of one pixel, which is their index; hashes of neighbours differ in a bit or two."""
+    bits = np.logical_xor.accumulate(np.random.default_rng(0).random((n, 64)) < 0.02, axis=0)
     hashes = np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
-    if slices is None:
-        slices = np.arange(n, dtype=np.uint8)[:, None, None]
+    slices = np.arange(n).astype(np.uint8)[:, None, None]
     groups = np.array_split(np.arange(n), volumes)
     store = Store(None, slices, hashes, [str(i) for i in range(volumes)], groups, 0)
     kept = np.arange(n) if kept is None else np.sort(kept)
@@ -43,9 +35,14 @@ def selection(n, kept=None, volumes=4, slices=None, seed=0):
 
 
 def taken(chosen, args, start, steps, **processes):
-    """The slices of some steps, as lists of rows."""
+    """The slices of some steps, as lists of their indices."""
     stream = batches.stream(chosen, args, start, CPU, **processes)
     return [next(stream).slices.flatten().tolist() for _ in range(steps)]
+
+
+def first_batch(chosen, args):
+    """(first batch, indices of its slices)."""
+    return next(batches.stream(chosen, args, 0, CPU)), next(batches.steps(chosen, args, 0))[1]
 
 
 @pytest.mark.parametrize("neighbours", [1, 5])
@@ -54,45 +51,42 @@ def test_an_epoch_holds_every_slice_once_and_can_be_entered_anywhere(n, batch_si
     chosen = selection(200, np.random.default_rng(0).permutation(200)[:n])
     args = flags(batch_size=batch_size, neighbours=neighbours)
     per_epoch = -(-n // batch_size)
-    found = taken(chosen, args, 0, 2 * per_epoch)
-    for epoch in (found[:per_epoch], found[per_epoch:]):
-        assert sorted(sum(epoch, [])) == chosen.kept.tolist()
+    both = taken(chosen, args, 0, 2 * per_epoch)
+    for epoch in (both[:per_epoch], both[per_epoch:]):
+        assert sorted(chain(*epoch)) == chosen.kept.tolist()
         sizes = [len(batch) for batch in epoch]
         assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
-    assert n < 20 or found[:per_epoch] != found[per_epoch:]
     for start in (1, per_epoch - 1, per_epoch + 1):
         assert taken(chosen, args, start, 2) == taken(chosen, args, 0, start + 2)[start:]
     shares = [taken(chosen, args, 0, per_epoch, rank=rank, world=2) for rank in range(2)]
-    for batch, first, second in zip(found, *shares):
+    for batch, first, second in zip(both[:per_epoch], *shares, strict=True):
         assert first + second == batch[: len(batch) // 2 * 2]
 
 
-def test_the_order_is_uniform_and_the_same_for_a_set_beyond_memory():
-    """Neighbours meet in a batch as seldom as chance lets them, however large the slices are."""
-    n, batch_size, reach = 4000, 50, 5
-    args = flags(batch_size=batch_size)
-    large = np.broadcast_to(np.uint8(0), (n, 4096, 4096))  # 67 GB, were it not one byte
-    orders = [
-        [rows.tolist() for rows in batches.epoch_batches(selection(n, slices=slices), args, 3)]
-        for slices in (None, large)
-    ]
-    assert orders[0] == orders[1]
-    met = 0
-    for rows in orders[0]:
-        distance = np.abs(np.subtract.outer(rows, rows))
-        np.fill_diagonal(distance, n)
-        met += (distance.min(axis=1) <= reach).sum()
-    expected = 1 - (1 - 2 * reach / n) ** (batch_size - 1)
-    assert met / n == pytest.approx(expected, abs=0.02)
+@pytest.mark.parametrize("neighbours, together", [(1, 0.01), (4, 3 / 4), (16, 15 / 16)])
+def test_the_order_is_one_of_shuffled_runs_of_its_own_in_every_epoch_and_seed(neighbours, together):
+    """`together`: the share of slices that are followed by their neighbour in the volume."""
+    chosen = selection(2000)
+    # the order does not even look at the slices, so it is the same for a set beyond memory
+    chosen = chosen._replace(store=chosen.store._replace(slices=None))
+
+    def order(seed, epoch):
+        args = flags(neighbours=neighbours, seed=seed)
+        return np.concatenate(batches.epoch_batches(chosen, args, epoch))
+
+    orders = [order(*which) for which in ((0, 0), (1, 0), (0, 1), (2**31, 0))]
+    for slices, other in combinations(orders, 2):
+        assert (np.diff(slices) == 1).mean() == pytest.approx(together, abs=0.01)
+        assert abs(np.corrcoef(slices, np.arange(2000))[0, 1]) < 0.25
+        assert (other == slices).mean() < 0.05
+    assert np.array_equal(orders[0], order(0, 0))
 
 
 def test_runs_are_neighbours_of_one_volume_and_others_in_every_epoch():
-    chosen = selection(103)
-    volume = chosen.store.volume_index
+    volume = selection(103).store.volume_index
     cuts = []
     for epoch in range(2):
-        rng = np.random.default_rng(epoch)
-        runs = batches.cut_into_runs(np.arange(103), volume, 8, rng)
+        runs = batches.cut_into_runs(np.arange(103), volume, 8, np.random.default_rng(epoch))
         assert np.concatenate(runs).tolist() == list(range(103))
         assert all(len(set(volume[run])) == 1 for run in runs if len(run))
         sizes = Counter(len(run) for run in runs)
@@ -103,96 +97,94 @@ def test_runs_are_neighbours_of_one_volume_and_others_in_every_epoch():
 
 def test_clusters_draw_one_member_of_each_anew_every_epoch():
     chosen = selection(200, np.arange(0, 200, 9))
-    members = chosen.representative
-    seen = []
-    for epoch in range(60):
-        rows = batches.epoch_rows(chosen, "clusters", 1, epoch)
-        assert sorted(members[rows]) == chosen.kept.tolist()
-        seen.append(rows.tolist())
-    assert set(sum(seen, [])) == set(range(200)) and seen[0] != seen[1]
-    assert seen[7] == batches.epoch_rows(chosen, "clusters", 1, 7).tolist()
-    assert seen[7] != batches.epoch_rows(chosen, "clusters", 2, 7).tolist()
-    counts = np.bincount(sum(seen, []))
-    interior = counts[10:190]
-    assert interior.max() < 25  # of 60 epochs, 1 in 9: no member is preferred
+
+    def members(seed, epoch):
+        return batches.epoch_slices(chosen, "clusters", seed, epoch).tolist()
+
+    epochs = [members(1, epoch) for epoch in range(60)]
+    for drawn in epochs:
+        assert sorted(chosen.representative[drawn]) == chosen.kept.tolist()
+    assert epochs[7] == members(1, 7) not in (epochs[6], members(2, 7), members(2, 6))
+    assert batches.epoch_slices(chosen, "all", 1, 0).tolist() == list(range(200))
+    assert batches.batches_per_epoch(chosen, flags(sample="all")) == 13
+    counts = np.bincount(list(chain(*epochs)), minlength=200)
+    assert counts.min() > 0 and counts[10:190].max() < 25  # of 60, 1 in 9: none is preferred
 
 
-def test_sample_all_trains_on_every_row():
-    chosen = selection(50, np.arange(0, 50, 7))
-    assert batches.batches_per_epoch(chosen, flags(sample="all")) == 4
-    found = taken(chosen, flags(sample="all"), 0, 4)
-    assert sorted(sum(found, [])) == list(range(50))
-
-
-def test_augmentation_depends_on_seed_step_and_rank():
-    """PyTorch's generator takes 32 bits of its seed: once, all seeds and ranks had the same crops."""
+def test_augmentation_depends_on_seed_step_and_rank_and_differs_between_views():
+    """PyTorch's generator takes 32 bits of its seed: once, all seeds had the same crops."""
     chosen = selection(64)
 
     def drawn(seed, step, rank):
-        stream = batches.stream(chosen, flags(seed=seed), step, CPU, rank=rank, world=2)
-        return next(stream).augmentation
+        batch = next(batches.stream(chosen, flags(seed=seed), step, CPU, rank=rank, world=2))
+        assert batch.augmentation.shape[1] == 2 * len(batch.slices) == 16
+        return batch.augmentation
 
-    reference = drawn(0, 3, 0)
-    assert torch.equal(reference, drawn(0, 3, 0))
-    for other in (drawn(1, 3, 0), drawn(0, 4, 0), drawn(0, 3, 1), drawn(2**31, 3, 0)):
-        assert not torch.isclose(reference, other).all(dim=1).any()
+    which = [(0, 3, 0), (1, 3, 0), (0, 4, 0), (0, 3, 1), (1, 2, 0), (1, 2, 1), (2**31, 3, 0)]
+    draws = [drawn(*one) for one in which]
+    assert torch.equal(draws[0], drawn(0, 3, 0)) and len(draws[0][0].unique()) == 16
+    views = [view for draw in draws for view in draw.chunk(2, dim=1)]
+    for first, second in combinations(views, 2):
+        assert not torch.isclose(first, second).all(dim=1).any()
+    own = {batches.DRAW_MEMBERS, batches.ORDER, batches.AUGMENT, batches.DROP_NEGATIVES}
+    assert len(own) == 4  # streams of random numbers
 
 
-def slow_near_duplicates(chosen, rows, bits):
+def slow_near_duplicates(chosen, indices, bits):
+    """Two different slices of one volume whose hashes differ by at most `bits`."""
     hashes, volume = chosen.store.hashes, chosen.store.volume_index
-    found = np.zeros((len(rows), len(rows)), bool)
-    for i, a in enumerate(rows):
-        for j, b in enumerate(rows):
-            near = hamming(hashes[a], hashes[b]) <= bits
-            found[i, j] = a != b and volume[a] == volume[b] and near
-    return found
+
+    def near(a, b):
+        return a != b and volume[a] == volume[b] and hamming(hashes[a], hashes[b]) <= bits
+
+    return np.array([[near(a, b) for b in indices] for a in indices])
 
 
-@pytest.mark.parametrize("bits", [0, 6, 64])
-def test_near_duplicates_are_those_of_a_double_loop(bits):
-    chosen = selection(60, volumes=3)
-    rows = np.random.default_rng(1).permutation(60)[:40]
-    hashes, volume = chosen.store.hashes[rows], chosen.store.volume_index[rows]
-    found = batches.near_duplicates(hashes, volume, bits)
-    assert np.array_equal(found, slow_near_duplicates(chosen, rows, bits))
-
-
+@pytest.mark.parametrize("bits", [0, 4, 64])
 @pytest.mark.parametrize("neighbours", [1, 8])
-def test_mask_and_dose(neighbours):
-    """The dose counts near-duplicates that are still negatives; the control leaves others out."""
-    chosen = selection(100)
-
-    def first(**mask):
-        args = flags(neighbours=neighbours, batch_size=25, **mask)
-        [(_, rows)] = [next(batches.steps(chosen, args, 0))]
-        return next(batches.stream(chosen, args, 0, CPU)), slow_near_duplicates(chosen, rows, 6)
-
-    plain, near = first()
+def test_mask_and_dose(neighbours, bits):
+    """The dose counts the near-duplicates (6 bits) that are still negatives."""
+    chosen, args = selection(100), {"neighbours": neighbours, "batch_size": 25}
+    plain, indices = first_batch(chosen, flags(**args))
+    near, excluded = (slow_near_duplicates(chosen, indices, b) for b in (6, bits))
     assert plain.excluded is None and plain.dose == near.sum() / 25 > 0
-    masked, _ = first(mask_negatives=6)
-    assert np.array_equal(masked.excluded.numpy(), near) and masked.dose == 0
-    control, _ = first(mask_negatives=6, mask_random=True)
-    excluded = control.excluded.numpy()
-    assert np.array_equal(excluded.sum(1), near.sum(1)) and not excluded.diagonal().any()
-    assert not np.array_equal(excluded, near)
-    assert control.dose == (near & ~excluded).sum() / 25
+    masked, _ = first_batch(chosen, flags(**args, mask_negatives=bits))
+    assert np.array_equal(masked.excluded.numpy(), excluded)
+    assert masked.dose == (near & ~excluded).sum() / 25
 
 
-def test_loss_groups_are_equal_parts_of_the_batch():
+def test_the_control_of_a_mask_drops_as_many_negatives_at_random():
+    """Anew in every step and seed, none preferred, and never the slice itself."""
+    chosen = selection(100)
+    args = {"neighbours": 8, "batch_size": 25, "mask_negatives": 6, "mask_random": True}
+    batch, indices = first_batch(chosen, flags(**args))
+    near = slow_near_duplicates(chosen, indices, 6)
+    excluded = batch.excluded.numpy()
+    assert np.array_equal(excluded.sum(1), near.sum(1)) and batch.dose > 0
+    assert batch.dose == (near & ~excluded).sum() / 25
+
+    hashes, volumes = chosen.store.hashes[indices], chosen.store.volume_index[indices]
+
+    def control(seed, step):
+        return batches.excluded_negatives(hashes, volumes, flags(**args, seed=seed), step)
+
+    assert np.array_equal(control(5, 0), excluded)
+    drawn = np.mean([control(seed, step) for seed in range(20) for step in range(20)], axis=0)
+    expected = np.where(np.eye(25), 0, near.sum(1, keepdims=True) / 24)
+    assert np.abs(drawn - expected).max() < 0.12
+    for first, second in combinations([control(1, 0), control(1, 1), control(2, 0)], 2):
+        assert not np.array_equal(first, second)
+
+
+def test_loss_groups_and_masks_are_parts_of_the_global_batch():
     """Runs stay together, so that a part's negatives are those of a batch of its size."""
     chosen = selection(96)
     args = flags(batch_size=24, neighbours=6, loss_groups=2, mask_negatives=6)
-    [(_, rows)] = [next(batches.steps(chosen, args, 0))]
-    excluded = next(batches.stream(chosen, args, 0, CPU)).excluded.numpy()
+    alone, indices = first_batch(chosen, args)
     halves = np.arange(24) < 12
-    expected = (halves[:, None] != halves) | slow_near_duplicates(chosen, rows, 6)
-    assert np.array_equal(excluded, expected)
-
-
-def test_the_mask_of_processes_is_that_of_the_global_batch():
-    chosen = selection(96)
-    args = flags(batch_size=24, neighbours=6, mask_negatives=6)
-    alone = next(batches.stream(chosen, args, 0, CPU))
+    expected = (halves[:, None] != halves) | slow_near_duplicates(chosen, indices, 6)
+    assert np.array_equal(alone.excluded.numpy(), expected)
     for rank in range(3):
         share = next(batches.stream(chosen, args, 0, CPU, rank=rank, world=3))
         assert len(share.slices) == 8 and torch.equal(share.excluded, alone.excluded)
+        assert share.dose == alone.dose == 0

@@ -1,3 +1,5 @@
+"""From files to volumes in z order, stored values, HU and 8-bit slices."""
+
 import numpy as np
 import pydicom
 import pytest
@@ -6,6 +8,8 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from common import ct, dicom, volumes
 
+FLAT = np.zeros((4, 4), int)
+
 
 def load(folder):
     return volumes.find_volumes(folder, [file for file, _, _ in volumes.list_files(folder)])
@@ -13,94 +17,63 @@ def load(folder):
 
 def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_dicom):
     axes = np.array([[1, 0, 0], [0, np.cos(0.3), np.sin(0.3)]])
-    normal = np.cross(*axes)
-    distances = [12.5, -3.0, 4.0, 40.0]
-    for i, distance in enumerate(distances):
+    for i, distance in enumerate([12.5, -3.0, 4.0, 40.0]):
         # the corner also wanders within the slice plane: z alone would mislead
-        corner = distance * normal + (-1) ** i * 100 * axes[1]
-        place = {
-            "ImagePositionPatient": list(np.round(corner, 6)),
-            "ImageOrientationPatient": list(axes.ravel()),
-        }
-        write_dicom(tmp_path / f"{i}.dcm", np.full((4, 4), i), InstanceNumber=i, **place)
+        corner = np.round(distance * np.cross(*axes) + (-1) ** i * 100 * axes[1], 6)
+        place = {"ImagePositionPatient": [*corner], "ImageOrientationPatient": [*axes.ravel()]}
+        write_dicom(tmp_path / f"{i}.dcm", FLAT, InstanceNumber=i, **place)
     [volume], skipped, [(uid, warning)] = load(tmp_path)
     assert volume.files == ["1.dcm", "2.dcm", "0.dcm", "3.dcm"] and not skipped
-    assert uid == volume.name and "1 gap along z, the widest 27.5 mm" in warning
-    assert np.allclose([float(p) for p in volume.positions], sorted(distances), atol=1e-3)
+    assert uid == volume.name and "gaps along z: 1, the widest 27.5 mm" in warning
+    assert [*map(float, volume.positions)] == pytest.approx([-3.0, 4.0, 12.5, 40.0], abs=1e-3)
 
 
 def test_without_positions_the_instance_number_orders_then_the_name(tmp_path, write_dicom):
     for name, number in [("a", 10), ("b", 9), ("c", 9)]:
-        write_dicom(
-            tmp_path / name, np.zeros((4, 4), int), InstanceNumber=number, ImagePositionPatient=None
-        )
+        write_dicom(tmp_path / name, FLAT, InstanceNumber=number, ImagePositionPatient=None)
     [volume], _, [(_, warning)] = load(tmp_path)
-    assert "3 of 3 slices have no position" in warning and "file name" in warning
+    assert "missing (3 of 3)" in warning and "by InstanceNumber, then by name" in warning
     assert volume.files == ["b", "c", "a"] and volume.positions == ["", "", ""]
 
 
 def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     for i, (folder, uid) in enumerate([("x", "1.2"), ("y", "1.2"), ("x", "1.3")]):
-        write_dicom(
-            tmp_path / folder / f"{i}",
-            np.zeros((4, 4), int),
-            SeriesInstanceUID=uid,
-            ImagePositionPatient=[0, 0, i],
-        )
-    found, _, warnings = load(tmp_path)
-    assert not warnings and [(v.name, v.files) for v in found] == [
-        ("1.2", ["x/0", "y/1"]),
-        ("1.3", ["x/2"]),
-    ]
+        tags = {"SeriesInstanceUID": uid, "ImagePositionPatient": [0, 0, i]}
+        write_dicom(tmp_path / folder / f"{i}", FLAT, **tags)
+    grouped, _, warnings = load(tmp_path)
+    expected = [("1.2", ["x/0", "y/1"]), ("1.3", ["x/2"])]
+    assert not warnings and [(volume.name, volume.files) for volume in grouped] == expected
 
 
 @pytest.mark.parametrize(
-    "stored, tags, hu",
+    "stored, intercept, tags, hu",
     [
-        ([[0, 1024], [2024, 4095]], {}, [[-1024, 0], [1000, 3071]]),
-        ([[40000, 0], [0, 0]], {}, [[38976, -1024], [-1024, -1024]]),  # above the int16 range
-        (
-            [[-2000, -1024], [0, 500]],
-            {"RescaleIntercept": 0},
-            [[-1000, -1024], [0, 500]],
-        ),  # padding is air, not water
-        (
-            [[-2000, 0], [1024, -2048]],
-            {},
-            [[-1024, -1024], [0, -1024]],
-        ),  # official code: a stored 0
-        (
-            [[-1500, 0], [40, 80]],
-            {"RescaleIntercept": 0, "PixelPaddingValue": -1500},
-            [[-1000, 0], [40, 80]],
-        ),
-        (
-            [[-900, 7], [40, 80]],
-            {"PixelPaddingValue": 64636},
-            [[-1024, -1017], [-984, -944]],
-        ),  # -900 written unsigned
-        (
-            [[0, 10], [20, 30]],
-            {"RescaleSlope": "2", "RescaleIntercept": "-01.024000E+03"},
-            [[-1024, -1004], [-984, -964]],
-        ),
+        ([0, 1024, 2024, 4095], -1024, {}, [-1024, 0, 1000, 3071]),
+        ([40000, 0, 0, 0], -1024, {}, [38976, -1024, -1024, -1024]),  # above the int16 range
+        ([-2000, -1024, 0, 500], 0, {}, [-1000, -1024, 0, 500]),  # padding is air, not water
+        ([-1500, 0, 40, 80], 0, {"PixelPaddingValue": -1500}, [-1000, 0, 40, 80]),
+        ([-2000, 0, 1024, -2048], -1024, {}, [-1024, -1024, 0, -1024]),  # official: as a stored 0
+        ([-900, 7, 40, 80], -1024, {"PixelPaddingValue": 64636}, [-1024, -1017, -984, -944]),
+        ([0, 10, 20, 30], "-01.024000E+03", {"RescaleSlope": "2"}, [-1024, -1004, -984, -964]),
     ],
 )
-def test_hu(tmp_path, write_dicom, stored, tags, hu):
-    write_dicom(tmp_path / "a.dcm", stored, **tags)
+def test_hu(tmp_path, write_dicom, stored, intercept, tags, hu):
+    write_dicom(tmp_path / "a.dcm", np.reshape(stored, (2, 2)), RescaleIntercept=intercept, **tags)
     header = dicom.read_header(tmp_path / "a.dcm")
-    read = dicom.read_stored(tmp_path / "a.dcm", header)
-    assert ct.stored_to_hu(read, header).tolist() == hu
+    values = dicom.read_stored(tmp_path / "a.dcm", header)
+    assert ct.stored_to_hu(values, header).ravel().tolist() == hu
 
 
-@pytest.mark.parametrize("padding", [None, (-900, -800)])
+@pytest.mark.parametrize("padding", [None, (-900, -800), (2001, 2001)])
 @pytest.mark.parametrize("window", [None, (40, 400)])
-@pytest.mark.parametrize("low, high", [(-1024, 3000), (-32768, 32767), (0, 65535), (-2048, 3)])
+@pytest.mark.parametrize("low, high", [(-512, 1500), (-16384, 16383), (0, 32767), (700, 1200)])
 def test_the_table_of_grey_values_is_the_plain_formula(padding, window, low, high):
-    header = dicom.Header("", "", None, None, None, 40, 30, 1.5, -1024.0, padding)
-    stored = np.random.default_rng(0).integers(low, high + 1, (40, 30))
+    """All stored values are even, so that padding of 2001 lies among them, but never occurs."""
+    tags = dict.fromkeys(dicom.Header._fields) | {"slope": 1.5, "intercept": -1024.0}
+    header = dicom.Header(**tags | {"padding": padding})
+    stored = 2 * np.random.default_rng(0).integers(low, high + 1, (40, 30))
+    expected = ct.scale_to_uint8(ct.stored_to_hu(stored, header), window)
     stored = stored.astype(np.int16 if low < 0 else np.uint16)
-    expected = ct.scale_to_uint8(ct.stored_to_hu(stored.astype(int), header), window)
     assert (ct.stored_to_uint8(stored, header, window) == expected).all()
 
 
@@ -110,59 +83,45 @@ def test_the_table_of_grey_values_is_the_plain_formula(padding, window, low, hig
     "syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]
 )
 def test_stored_values_are_those_of_pydicom(tmp_path, write_dicom, bits, signed, syntax):
-    stored = np.random.default_rng(0).integers(
-        -30000 if signed else 0, 30000 if signed else 60000, (7, 5)
-    )
-    write_dicom(
-        tmp_path / "a.dcm", stored, BitsStored=bits, HighBit=bits - 1
-    )  # anything in the unused high bits
+    """Whatever the unused high bits hold; little-endian pixels are read without pydicom."""
+    low, high = (-30000, 30000) if signed else (0, 60000)
+    stored = np.random.default_rng(0).integers(low, high, (7, 5))
+    write_dicom(tmp_path / "a.dcm", stored, BitsStored=bits, HighBit=bits - 1)
     dataset = pydicom.dcmread(tmp_path / "a.dcm")
     if syntax == ExplicitVRBigEndian:
         dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
     dataset["PixelData"].VR = "OW"
     dataset.file_meta.TransferSyntaxUID = syntax
-    pydicom.dcmwrite(
-        tmp_path / "b.dcm",
-        dataset,
-        implicit_vr=syntax.is_implicit_VR,
-        little_endian=syntax.is_little_endian,
-    )
+    pydicom.dcmwrite(tmp_path / "b.dcm", dataset)
     header = dicom.read_header(tmp_path / "b.dcm")
-    assert (header.pixels is None) == (syntax == ExplicitVRBigEndian)  # both ways are taken
+    assert (header.plain is None) == (syntax == ExplicitVRBigEndian)
     expected = pydicom.dcmread(tmp_path / "b.dcm").pixel_array
-    assert (dicom.read_stored(tmp_path / "b.dcm", header) == expected).all()
-    assert (dicom.read_stored(tmp_path / "b.dcm", header._replace(pixels=None)) == expected).all()
+    for way in (header, header._replace(plain=None)):
+        assert (dicom.read_stored(tmp_path / "b.dcm", way) == expected).all()
 
 
 def test_scaling_is_min_max_rounded_or_a_window():
-    values = np.array([[-1024.0, 0.0], [1.0, 3071.0]])
-    assert ct.scale_to_uint8(values).tolist() == [
-        [0, round(1024 / 4095 * 255)],
-        [round(1025 / 4095 * 255), 255],
-    ]
-    assert ct.scale_to_uint8(values, (40, 400)).tolist() == [
-        [0, 102],
-        [round(161 / 400 * 255), 255],
-    ]
-    assert ct.scale_to_uint8(np.full((2, 2), 7.0)).tolist() == [[0, 0], [0, 0]]
+    """Paper: min-max of each slice; a constant one is 0 (ours)."""
+    values = np.array([-1024.0, 0.0, 1.0, 3071.0])
+    min_max = [0, round(1024 / 4095 * 255), round(1025 / 4095 * 255), 255]
+    assert ct.scale_to_uint8(values).tolist() == min_max
+    assert ct.scale_to_uint8(values, (40, 400)).tolist() == [0, 102, round(161 / 400 * 255), 255]
+    assert ct.scale_to_uint8(np.full(2, 7.0)).tolist() == [0, 0]
 
 
 def test_image_folders_and_the_flat_layout_of_the_authors(tmp_path):
-    names = [
-        "p1_0.png",
-        "p1_10.png",
-        "p1_2.png",
-        "p_2_1.png",
-        "scan/slice9.png",
-        "scan/slice10.png",
-    ]
-    for name in names:
+    expected = {
+        "one": ["one/p_1.png", "one/p_2.png"],
+        "p1": ["p1_0.png", "p1_2.png", "p1_10.png"],
+        "p_2": ["p_2_1.png"],
+        "scan": ["scan/slice9.png", "scan/slice10.png"],
+        "two/a": ["two/a_1.png"],
+        "two/b": ["two/b_1.png"],
+    }
+    for name in sum(expected.values(), []):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / name)
-    found, skipped, _ = load(tmp_path)
-    assert not skipped
-    assert [(v.name, v.files, v.positions) for v in found] == [
-        ("p1", ["p1_0.png", "p1_2.png", "p1_10.png"], ["0", "2", "10"]),
-        ("p_2", ["p_2_1.png"], ["1"]),
-        ("scan", ["scan/slice9.png", "scan/slice10.png"], ["9", "10"]),
-    ]
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    grouped, skipped, _ = load(tmp_path)
+    assert not skipped and {volume.name: volume.files for volume in grouped} == expected
+    positions = [position for volume in grouped for position in volume.positions]
+    assert positions == ["1", "2", "0", "2", "10", "1", "9", "10", "1", "1"]

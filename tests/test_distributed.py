@@ -1,4 +1,4 @@
-"""Several processes against one. Run under torchrun, this file is what each process does."""
+"""Two processes against one. Run under torchrun, this file is what each process does."""
 
 import json
 import sys
@@ -9,55 +9,77 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_simclr import batch_and_model, train_by_sgd  # noqa: E402
+
+import pretrain  # noqa: E402
 from common import simclr  # noqa: E402
+from common.batches import stream  # noqa: E402
+from common.encoder import to_input  # noqa: E402
 
-VIEWS = torch.randn(
-    2, 12, 20, generator=torch.Generator().manual_seed(0)
-)  # two views of a global batch of 12 samples
-EXCLUDED = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.3
-EXCLUDED = (EXCLUDED | EXCLUDED.T).fill_diagonal_(False)
-
-
-def linear_model():
-    torch.manual_seed(1)
-    return torch.nn.Linear(20, 8)
+CPU = torch.device("cpu")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 
 
-def loss_and_gradients(model, views):
-    """As pretrain.train_step has it: views [2, b, d] of this process, mask of the global batch."""
-    loss, top1 = simclr.nt_xent(model(views.flatten(0, 1)), 0.1, EXCLUDED)
-    (loss * simclr.processes()).backward()
-    return [loss.detach(), top1, *(p.grad for p in model.parameters())]
-
-
-def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path, run):
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, __file__, tmp_path)
-    expected = loss_and_gradients(linear_model(), VIEWS)
+def test_two_processes_take_the_steps_of_one(tmp_path, run):
+    """The loss is over the negatives of the global batch, and its gradient has the same scale."""
+    run(*TORCHRUN, __file__, tmp_path)
+    metrics, *weights = train_by_sgd(*batch_and_model())
     for rank in range(2):
-        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+        of_two, *trained = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(of_two[:, :2], metrics[:, :2], rtol=1e-5)
+        for ours, theirs in zip(trained, weights, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_two_processes_pretrain(tmp_path, run):
+def test_two_processes_pretrain_as_one_would_on_their_shares(tmp_path, run, monkeypatch):
+    """Simulated in one process: each share has its own batch norm, all negatives, one gradient."""
+    (tmp_path / "ct").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (13, 16, 16), np.uint8)):
-        (tmp_path / "ct").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "ct" / f"p_{i}.png")
     run("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "all", "--size", 16)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [*torchrun, "pretrain.py", tmp_path / "out" / "all.csv", tmp_path / "run"]
-    command += ["--arch", "resnet18", "--size", 32, "--batch-size", 8, "--optimizer", "adamw"]
-    command += ["--epochs", 2, "--mask-negatives", 6, "--device", "cpu"]
-    run(*command)
-    assert (tmp_path / "run" / "encoder.pt").exists()
-    first, *epochs = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    assert first["settings"]["processes"] == 2 and [line["step"] for line in epochs] == [2, 4]
+    selection = tmp_path / "out" / "all.csv"
+    command = ["pretrain.py", selection, tmp_path / "run", "--arch", "resnet18", "--size", 32]
+    command += ["--batch-size", 8, "--epochs", 2, "--mask-negatives", 6, "--lr", 1, "--warmup", 0]
+    command += ["--device", "cpu", "--precision", "float32"]
+    run(*TORCHRUN, *command)
+    header, *epochs = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert header["settings"]["processes"] == 2 and [line["step"] for line in epochs] == [2, 4]
+
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    args = pretrain.parse_args()
+    model, optimizer = pretrain.build(args, CPU)
+    start = {name: p.detach().clone() for name, p in model[0].named_parameters()}
+    chosen = pretrain.read_selection(selection)
+    streams = [stream(chosen, args, 0, CPU, rank, 2) for rank in range(2)]
+    for step in range(4):
+        shares = [next(batches) for batches in streams]
+        views = [simclr.augment(share.slices, share.augmentation, 32) for share in shares]
+        embeddings = [model(to_input(pair)).unflatten(0, (2, -1)) for pair in views]
+        z = torch.cat(embeddings, 1).flatten(0, 1)
+        loss, _ = simclr.nt_xent(z, args.temperature, shares[0].excluded)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = simclr.learning_rate(step, 4, 0, 1)
+        optimizer.step()
+    trained = torch.load(tmp_path / "run" / "encoder.pt")
+    for name, weight in model[0].named_parameters():
+        moved = (weight - start[name]).norm()
+        assert (trained[name] - weight).norm() < 0.01 * moved, name
+
+
+def test_batch_norm_is_synchronised_on_gpus(monkeypatch):
+    """Else the statistics of a small share would tell a sample's partner from its negatives."""
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, gpus: model)
+    model = pretrain.distributed(simclr.build("resnet18"), torch.device("cuda:0"))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+    assert {type(norm) for norm in norms} == {torch.nn.SyncBatchNorm} and len(norms) == 21
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    model = torch.nn.parallel.DistributedDataParallel(linear_model())
-    found = loss_and_gradients(model, VIEWS.chunk(2, 1)[dist.get_rank()])
-    torch.save(found, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    batch, model = batch_and_model(dist.get_rank(), 2)
+    done = train_by_sgd(batch, pretrain.distributed(model, CPU))
+    torch.save(done, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()

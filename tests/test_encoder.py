@@ -1,4 +1,4 @@
-"""Weights go in whole or not at all, from every layout that the authors published."""
+"""Weights go in whole or not at all, from every layout that was published; features come out."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import pickle
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,31 +20,33 @@ def network():
     return load_encoder("scratch", "resnet18", 3).eval()
 
 
+def under(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}
+
+
 def layouts(weights):
-    """Ours, and those of the authors' checkpoints, with the heads that lie beside the encoder."""
-
-    def under(prefix):
-        return {prefix + key: value for key, value in weights.items()}
-
+    """Ours, and those of published checkpoints, with the heads that lie beside the encoder."""
     head = torch.ones(2, 2)
+    swav = under("model.", weights) | {"model.prototypes.weight": head}
+    average = {key: 0 * value for key, value in weights.items()}
+    moco = under("encoder_q.", weights) | under("encoder_k.", average)
+    byol = under("online_network.encoder.", weights) | under("target_network.encoder.", average)
+    moco_v3 = under("base_encoder.", weights) | under("momentum_encoder.", average)
     return {
         "ours": weights,
-        "SwAV": {
-            "state_dict": under("model.")
-            | {"model.prototypes.weight": head, "model.projection_head.0.weight": head}
-        },
-        "MoCo": {
-            "state_dict": under("encoder_q.")
-            | {"encoder_q.fc.0.weight": head}
-            | under("encoder_k."),
-            "epoch": 3,
-        },
-        "BYOL": {"state_dict": under("online_network.encoder.") | under("target_network.encoder.")},
+        "SwAV": {"state_dict": swav | {"model.projection_head.0.weight": head}},
+        "MoCo": {"state_dict": moco | {"encoder_q.fc.0.weight": head}, "epoch": 3},
+        "MoCo, parallel": {"state_dict": under("module.", moco)},
+        "MoCo v3": {"state_dict": under("module.", moco_v3)},
+        "BYOL": {"state_dict": byol},
         "SparK": {"module": weights, "arch": "resnet18"},
+        "compiled": under("_orig_mod.", weights),
+        "with its optimizer": {"model": weights, "optimizer": {"state": {0: {"step": head}}}},
+        "backbone": {"model_state_dict": under("backbone.", weights)},
     }
 
 
-@pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])
+@pytest.mark.parametrize("layout", layouts({}))
 def test_a_checkpoint_of_each_layout_gives_the_same_features(tmp_path, network, layout):
     torch.save(layouts(network.state_dict())[layout], tmp_path / "weights.pt")
     loaded = load_encoder(tmp_path / "weights.pt", "resnet18", 0).eval()
@@ -51,29 +54,24 @@ def test_a_checkpoint_of_each_layout_gives_the_same_features(tmp_path, network, 
     assert torch.equal(loaded(images), network(images))
 
 
-def test_the_architecture_is_told_by_the_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "ARCHS", ["resnet18", "resnet34", "resnet50"])
-    for arch in ("resnet34", "resnet18"):
-        weights = torchvision.models.get_model(arch).state_dict()
-        torch.save(weights, tmp_path / "encoder.pt")
-        assert encoder.arch_of(tmp_path / "encoder.pt") == arch
-
-
-@pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])
-@pytest.mark.parametrize("harm", ["missing", "another arch", "another shape", "too much"])
-def test_a_mangled_checkpoint_is_refused(tmp_path, network, capsys, layout, harm):
-    weights = network.state_dict()
-    if harm == "missing":
-        del weights["layer3.1.bn2.running_mean"]
-    if harm == "another arch":
-        weights = load_encoder("scratch", "resnet50", 0).state_dict()
-    if harm == "another shape":
-        weights["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
-    if harm == "too much":
-        weights["layer4.2.conv1.weight"] = torch.zeros(1)
-    torch.save(layouts(weights)[layout], tmp_path / "weights.pt")
-    with pytest.raises(SystemExit, match="does not hold the weights of a resnet18"):
+def test_several_encoders_in_a_file_are_named_and_none_is_guessed(tmp_path, network):
+    weights = under("backbone.", network.state_dict())
+    torch.save({"student": weights, "teacher": weights}, tmp_path / "weights.pt")
+    with pytest.raises(SystemExit, match="under student.backbone., teacher.backbone.: save one"):
         load_encoder(tmp_path / "weights.pt", "resnet18", 0)
+
+
+@pytest.mark.parametrize("layout", ["ours", "MoCo", "BYOL"])
+def test_a_mangled_checkpoint_is_refused(tmp_path, network, layout):
+    weights = network.state_dict()
+    missing = {key: weights[key] for key in weights if key != "layer3.1.bn2.running_mean"}
+    another_shape = weights | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+    too_much = weights | {"layer4.2.conv1.weight": torch.zeros(1)}
+    another_arch = load_encoder("scratch", "resnet50", 0).state_dict()
+    for mangled in (missing, another_shape, too_much, another_arch):
+        torch.save(layouts(mangled)[layout], tmp_path / "weights.pt")
+        with pytest.raises(SystemExit, match="does not hold the weights of a resnet18"):
+            load_encoder(tmp_path / "weights.pt", "resnet18", 0)
 
 
 class Call:
@@ -86,59 +84,89 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize("layout", ["ours", "SwAV", "MoCo", "BYOL", "SparK"])
-def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, network, layout):
-    canary = tmp_path / "canary"
-    harmless = {
-        "hyper_parameters": {"data": Path("/data"), "flags": argparse.Namespace(lr=1)},
-        "epochs": {Path("a"): 1},
-    }
-    calls = {
-        "open": Call(open, str(canary), "w"),
-        "exec": Call(exec, f"open({str(canary)!r}, 'w')"),
-    }
-    calls["getattr"] = Call(getattr, canary, "touch")
-    path, images = tmp_path / "weights.pt", torch.rand(2, 3, 32, 32)
-    weights = layouts(network.state_dict())[layout]
-    beside = harmless | calls if layout != "ours" else {}  # ours is nothing but weights
+def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, network):
+    path, canary = tmp_path / "weights.pt", tmp_path / "canary"
+    calls = [Call(open, str(canary), "w"), Call(exec, f"open({str(canary)!r}, 'w')")]
+    calls.append(Call(getattr, canary, "touch"))
+    flags = {"data": Path("/data"), "flags": argparse.Namespace(lr=1)}
+    beside = {"hyper_parameters": flags, "epochs": {Path("a"): 1}, "calls": calls}
+    weights, images = layouts(network.state_dict())["SwAV"], torch.rand(2, 3, 32, 32)
     torch.save(weights | beside, path)
     assert torch.equal(load_encoder(path, "resnet18", 0).eval()(images), network(images))
-    if layout == "SwAV":
-        for refused in (
-            Call(os.system, f"touch {canary}"),
-            Call(Path.touch, canary),
-            defaultdict(list, a=[1]),
-        ):
-            torch.save(weights | {"other": refused}, path)
-            with pytest.raises(SystemExit, match="error"):
-                load_encoder(path, "resnet18", 0)
-        for inside in calls.values():  # among the weights themselves nothing is passed over
-            torch.save(network.state_dict() | {"conv1.weight": inside}, path)
-            with pytest.raises(SystemExit, match="not a state_dict of tensors"):
-                load_encoder(path, "resnet18", 0)
+    whole = path.read_bytes()
+    touch = [Call(os.system, f"touch {canary}"), Call(Path.touch, canary)]
+    refused = [weights | {"other": other} for other in (*touch, defaultdict(list, a=[1]))]
+    refused += [network.state_dict() | {"conv1.weight": call} for call in calls]
+    refused += [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": calls[0]}]
+    contents = [b"junk", whole[:-300], pickle.dumps(calls[0], 2)]
+    for content in refused:
+        torch.save(content, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="no ResNet|not a file of PyTorch weights, or damaged"):
+            load_encoder(path, "resnet18", 0)
     assert not canary.exists()
-    pickle.loads(pickle.dumps(calls["open"]))
+    pickle.loads(pickle.dumps(calls[0]))
     assert canary.exists()  # as it would where nothing guards
 
 
-CALL = Call(print, "code ran")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_weights_are_torchvisions_for_the_seed(seed):
+    torch.manual_seed(seed)
+    expected = torchvision.models.resnet18().conv1.weight
+    assert torch.equal(load_encoder("scratch", "resnet18", seed).conv1.weight, expected)
 
 
-@pytest.mark.parametrize(
-    "content", [{"state_dict": {"fc.weight": torch.ones(1)}}, [1, 2], {"state_dict": CALL}, b"junk"]
-)
-def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, capsys, content):
-    if isinstance(content, bytes):
-        (tmp_path / "weights.pt").write_bytes(content)
-    else:
-        torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit, match="error"):
-        load_encoder(tmp_path / "weights.pt", "resnet18", 0)
-    torch.save({"conv1.weight": torch.ones(9, 9)}, tmp_path / "cut.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
-    with pytest.raises(SystemExit, match="damaged"):
-        load_encoder(tmp_path / "cut.pt", "resnet18", 0)
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(CALL))
-    with pytest.raises(SystemExit, match="error"):
-        load_encoder(tmp_path / "plain.pkl", "resnet18", 0)
-    assert "code ran" not in capsys.readouterr().out
+@pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
+def test_features_are_those_of_one_image_after_another(tmp_path, monkeypatch, arch, width):
+    """By the architecture of the file; the same bytes on any number of threads; input -1 to 1."""
+    network = load_encoder("scratch", arch, 1).train()
+    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
+    inputs = torch.from_numpy(images).float()[:, None].repeat(1, 3, 1, 1) / 127.5 - 1
+    with torch.inference_mode():
+        for _ in range(5):
+            network(inputs)  # statistics for batch norm
+        slow = np.concatenate([network.eval()(image[None]).numpy() for image in inputs])
+    torch.save(network.state_dict(), tmp_path / "encoder.pt")
+    monkeypatch.setattr(encoder, "BATCH", 3)
+    arrays = []
+    usual = torch.get_num_threads()
+    for threads in (usual + 1, usual):
+        torch.set_num_threads(threads)
+        arrays.append(encoder.embed(tmp_path / "encoder.pt", images))
+        assert torch.get_num_threads() == threads
+    assert arrays[0].dtype == np.float32 and np.array_equal(*arrays)
+    assert slow.shape == (7, width) and np.allclose(arrays[0], slow, atol=1e-4)
+
+
+def test_input_is_normalised_as_the_encoder_was_trained():
+    """Ours by a half and a half, torchvision's ImageNet weights by its documented numbers."""
+    grey = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3)
+    ours = encoder.to_input(grey, *encoder.input_statistics("encoder.pt"))
+    assert torch.equal(ours, torch.tensor([-1.0, 0.0, 1.0]).expand(1, 3, 1, 3))
+    imagenet = encoder.to_input(grey, *encoder.input_statistics("imagenet"))
+    preset = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.allclose(imagenet, preset(grey.expand(1, 3, 1, 3)))
+
+
+def test_a_device_is_there_and_convolutions_are_repeatable_and_in_full_float32(monkeypatch):
+    for name in ("nonsense", "cuda:99", "meta"):
+        with pytest.raises(SystemExit, match=f"^error: --device {name}: .*$"):
+            encoder.choose_device(name)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert encoder.choose_device("cpu") == torch.device("cpu")
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
+
+
+def test_precision_is_chosen_by_hardware_and_never_where_it_is_broken(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(encoder, "bf16_pays", lambda device, native=native: native)
+        assert encoder.choose_precision("auto", cpu, 96) == dtype
+        assert encoder.choose_precision("auto", cpu, 16) == torch.float32
+        assert encoder.choose_precision("float32", cpu, 96) == torch.float32
+        assert encoder.choose_precision("bfloat16", cpu, 17) == torch.bfloat16
+    with pytest.raises(SystemExit, match="above 16, not 16"):
+        encoder.choose_precision("bfloat16", cpu, 16)

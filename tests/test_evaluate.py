@@ -1,28 +1,218 @@
-"""evaluate.py: its lines, their scores, what is repeated, reused or refused."""
+"""evaluate.py: probes and fine-tuning against slow references, its lines, what it refuses."""
 
-import csv
+import copy
 import json
-import multiprocessing
-import shutil
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_covid_ct
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
-from torchvision.transforms import Normalize
+from torch import nn
 
 import evaluate
-from common import simclr, toy
-from common.encoder import IMAGENET_MEAN, IMAGENET_STD, encoder_hash, features, load_encoder
-from common.results import COLUMNS, read_results, read_scores, scores_file, write_line
-from common.tasks import leaks, load_task, make_folds, split_of
+from common import auc, encoder, toy
+from common.tables import read_results, scores_file
+from common.tasks import Task, draw_labels, load_task, make_folds, split_of
 
 CPU = torch.device("cpu")
+
+
+def made_task(classes=3, sizes=(90, 30, 60), size=8, **more):
+    """A Task of noise, darker by class, with a published split; two images a group."""
+    rng = np.random.default_rng(0)
+    n = sum(sizes)
+    noise = rng.integers(0, 256, (n, size, size), dtype=np.uint8)
+    labels = rng.permutation(np.arange(n) % classes)
+    return Task(
+        images=(noise * 0.8 ** labels[:, None, None]).astype(np.uint8),
+        labels=labels,
+        classes=[str(label) for label in range(classes)],
+        split=rng.permutation(np.repeat(["train", "val", "test"], sizes)),
+        groups=np.arange(n) // 2,
+        hashes=rng.integers(0, 2**64, n, np.uint64),
+        **more,
+    )
+
+
+def made_features(task):
+    """Features that know a little of the labels; those of test images have another mean and SD."""
+    rng = np.random.default_rng(4)
+    found = rng.normal(size=(len(task.labels), 40)) + 1.5 * np.eye(40)[task.labels]
+    found *= rng.uniform(0.1, 5, 40)
+    found[task.split == "val"] *= 1.5
+    found[task.split == "test"] = 3 * found[task.split == "test"] + 2
+    return found.astype(np.float32)
+
+
+def probabilities_of(found, task, scaled_on, train, test, c):
+    scaled = StandardScaler().fit(found[scaled_on]).transform(found)
+    model = LogisticRegression(C=c, max_iter=2000).fit(scaled[train], task.labels[train])
+    return model.predict_proba(scaled[test])
+
+
+def test_c_is_the_best_on_validation_images_and_no_others():
+    assert evaluate.C_GRID == [0.0001, 0.001, 0.01, 0.1, 1]  # the README's settings
+    task = made_task()
+    split, found = split_of(task), made_features(task)
+    aucs = {part: [] for part in split}
+    tested = []
+    for c in evaluate.C_GRID:
+        for part, images in split.items():
+            p = probabilities_of(found, task, split["train"], split["train"], images, c)
+            aucs[part].append(auc.metrics(task.labels[images], p)["auc"])
+        tested.append(p)
+    best = int(np.argmax(aucs["val"]))
+    assert 0 < best < 4 and best not in (np.argmax(aucs["train"]), np.argmax(aucs["test"]))
+    train, val, images, p = evaluate.probe_split(found, task)
+    assert (train, val) == (90, 30) and np.array_equal(images, split["test"])
+    assert np.abs(p - tested[best]).max() < 1e-3
+    assert all(np.abs(p - other).max() > 0.01 for c, other in enumerate(tested) if c != best)
+
+
+def test_few_labels_train_with_a_fixed_c_on_features_scaled_over_all_training_images():
+    task = made_task()
+    split, found = split_of(task), made_features(task)
+    train, val, images, p = evaluate.probe_draws(found, task, 0.2, 3)
+    assert (train, val) == (18, 0) and np.array_equal(images, split["test"]) and len(p) == 3
+    for draw, part in enumerate(p):
+        drawn = draw_labels(task, split["train"], 0.2, draw)
+        expected = probabilities_of(found, task, split["train"], drawn, images, 0.01)
+        assert np.abs(part - expected).max() < 1e-4
+
+
+def test_folds_train_without_their_test_images():
+    task = made_task()._replace(split=None)
+    found = made_features(made_task())
+    folds = [make_folds(task, 4, seed) for seed in range(2)]
+    train, val, images, p = evaluate.probe_folds(found, task, folds)
+    assert val == 0 and images.tolist() == list(range(180)) and p.shape == (8, 180, 3)
+    for part, test in zip(p, [*folds[0], *folds[1]], strict=True):
+        rest = np.setdiff1d(images, test)
+        expected = probabilities_of(found, task, rest, rest, test, 0.01)
+        assert np.abs(part[test] - expected).max() < 1e-4 and np.isnan(part[rest]).all()
+    assert train == len(rest)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_line_has_the_means_over_its_parts_and_the_sd_over_its_repeats(classes):
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 0, 0, 1, 1, 2][: 2 * classes], 120)
+    p = rng.dirichlet(np.ones(classes), (6, 120)) + 0.3 * np.eye(classes)[labels]
+    folded = p.copy()  # two repeats of three folds
+    for i, fold in enumerate(rng.integers(0, 3, (2, 120)).repeat(3, axis=0)):
+        folded[i][fold != i % 3] = np.nan
+    for parts, folds, repeats in ((folded, 3, 2), (p, 1, 6)):
+        tested = ~np.isnan(parts[:, :, 0])
+        expected = [auc.metrics(labels[of], q[of]) for of, q in zip(tested, parts, strict=True)]
+        measured = evaluate.measure(labels, parts, folds)
+        for name in ("auc", "f1", "accuracy"):
+            mean = np.mean([part[name] for part in expected])
+            assert float(measured[name]) == pytest.approx(mean, abs=1e-5)
+        sd = np.reshape([part["auc"] for part in expected], (repeats, folds)).mean(1).std(ddof=1)
+        assert float(measured["auc_sd"]) == pytest.approx(sd, abs=1e-5)
+    assert evaluate.measure(labels, p[0])["auc_sd"] == ""
+
+
+class Tiny(nn.Module):
+    """An encoder of one convolution and batch norm."""
+
+    inplanes = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.bn.running_mean += 0.5
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu().mean((2, 3))
+
+
+def tuning(**other):
+    flags = {"lr": 0.03, "weight_decay": 0.1, "epochs": 10, "freeze_epochs": 3, "batch_size": 10}
+    flags |= {"name": "x", "precision": "float32", "device": CPU}
+    return SimpleNamespace(**flags | other)
+
+
+def slow_finetune(network, task, seed, args):
+    """(probabilities of the test images, validation accuracy) after each epoch, image by image."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(copy.deepcopy(network), nn.Linear(4, len(task.classes)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    random = torch.Generator().manual_seed(seed)
+    split = split_of(task)
+
+    def inputs(images, flips):
+        pixels = task.images[images]
+        pixels[flips] = pixels[flips][:, ::-1]
+        grey = (pixels / 255 - task.mean) / task.std
+        return torch.tensor(np.stack([grey] * 3, 1), dtype=torch.float32)
+
+    def probabilities(part):
+        with torch.no_grad():
+            return model.eval()(inputs(split[part], slice(0))).softmax(1).numpy()
+
+    for epoch in range(args.epochs):
+        order = split["train"][torch.randperm(len(split["train"]), generator=random).numpy()]
+        for images in np.array_split(order, math.ceil(len(order) / args.batch_size)):
+            flips = np.zeros(len(images), bool)
+            if task.vertical_flip:
+                flips = torch.rand(len(images), generator=random).numpy() < 0.5
+            outputs = model.train()(inputs(images, flips))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(outputs, torch.tensor(task.labels[images])).backward()
+            if epoch < args.freeze_epochs:
+                for parameter in model[0].conv.parameters():
+                    parameter.grad = None  # Adam leaves it as it is
+            optimizer.step()
+        right = probabilities("val").argmax(1) == task.labels[split["val"]]
+        yield probabilities("test"), right.mean()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_fine_tuning_is_that_of_a_slow_reference(flip):
+    """Freezing, batch norm, order, flips up to down, mean and SD, Adam, the best epoch."""
+    task = made_task(2, (33, 30, 40), mean=0.4, std=0.3, vertical_flip=flip)
+    before = task.images.copy()
+    for seed in (0, 2):
+        epochs = list(slow_finetune(Tiny(), task, seed, tuning()))
+        accuracies = [accuracy for _, accuracy in epochs]
+        best = int(np.argmax(accuracies))  # neither frozen nor the last, and one of several
+        assert 3 < best < 9 and (accuracies.count(max(accuracies)) > 1 or not flip)
+        train, val, images, p = evaluate.finetune(Tiny(), task, split_of(task), seed, tuning())
+        assert (train, val) == (33, 30) and np.array_equal(images, split_of(task)["test"])
+        assert p.dtype == np.float32 and np.abs(p - epochs[best][0]).max() < 1e-4
+    assert np.array_equal(task.images, before)
+
+
+def test_frozen_is_all_of_a_resnet_but_batch_norm_which_goes_on():
+    """As Lightning's BackboneFinetuning does (train_bn=True), which the official code uses."""
+    task = made_task(2, (12, 4, 4), size=32)
+    network = encoder.load_encoder("scratch", "resnet18", 0)
+    before = network.state_dict()
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for frozen in (True, False):
+        tuned = copy.deepcopy(network)
+        args = tuning(epochs=1, freeze_epochs=int(frozen), lr=1e-3)
+        evaluate.finetune(tuned, task, split_of(task), 0, args)
+        for name, value in tuned.state_dict().items():
+            stays = frozen and name.rpartition(".")[0] not in norms
+            assert torch.equal(value, before[name]) == stays, name
+
+
+def test_fine_tuning_is_repeatable_in_both_precisions():
+    task = made_task(2, (20, 8, 8))
+    runs = []
+    for precision in ("float32", "float32", "bfloat16", "bfloat16"):
+        args = tuning(epochs=2, freeze_epochs=0, precision=precision)
+        runs.append(evaluate.finetune(Tiny(), task, split_of(task), 0, args)[3])
+    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[2], runs[3])
+    assert 0 < np.abs(runs[0] - runs[2]).max() < 0.1
+    assert np.allclose(runs[2].sum(1), 1, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +223,50 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(0)
     lines = ["file,label,group"]
     (folder / "images").mkdir()
-    for i in range(60):
-        label = (i // 3) % 2
-        image = rng.integers(0, 200 + 30 * label, (32, 32), dtype=np.uint8)
+    for i, label in enumerate("aaabbb" * 10):
+        image = rng.integers(0, 230 if label == "b" else 200, (32, 32), dtype=np.uint8)
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
-        lines.append(f"{i}.png,{'ab'[label]},patient {i // 3}")
+        lines.append(f"{i}.png,{label},patient {i // 3}")
     (folder / "images" / "labels.csv").write_text("\n".join(lines))
     return folder
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """Three encoder.pt with random weights, the first with a log of its pre-training beside it."""
-    folder = tmp_path_factory.mktemp("encoders")
-    paths = [folder / f"run-{i}" / "encoder.pt" for i in range(3)]
+    """Three encoder.pt with random weights, two with a log of their pre-training beside them."""
+    paths = [tmp_path_factory.mktemp(f"run-{i}", numbered=False) / "encoder.pt" for i in range(3)]
+    epochs = [{"step": 8, "seconds": 2.0, "dose": 1.0}, {"step": 12, "seconds": 1.5, "dose": 4.0}]
     for i, path in enumerate(paths):
-        path.parent.mkdir()
-        torch.save(load_encoder("scratch", "resnet18", i).state_dict(), path)
-    log = [
-        {"settings": {"slices": 100, "steps": 12}},
-        {"epoch": 1, "step": 8, "seconds": 2.0, "dose": 1.0},
-        {"epoch": 2, "step": 12, "seconds": 1.5, "dose": 4.0},
-    ]
-    lines = "".join(json.dumps(line) + "\n" for line in log)
-    (paths[0].parent / "log.jsonl").write_text(lines)
+        torch.save(encoder.load_encoder("scratch", "resnet18", i).state_dict(), path)
+        log = [{"settings": {"slices": 100, "steps": 12, "seed": 7 - i}}, *epochs]
+        if i < 2:
+            (path.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
     return paths
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Of each network that is evaluated a weight, and its input's statistics or its seed.
+
+    Stand-ins evaluate it, of no cost.
+    """
+    networks = []
+
+    def features(network, images, statistics, device, label):
+        networks.append((weight_of(network), statistics))
+        return images.reshape(len(images), -1)[:, :40].astype(np.float32)
+
+    def finetune(network, task, split, seed, args):
+        networks.append((weight_of(network), seed))
+        return 0, 0, split["test"], np.full((len(split["test"]), 2), 0.5)
+
+    monkeypatch.setattr(encoder, "features", features)
+    monkeypatch.setattr(evaluate, "finetune", finetune)
+    return networks
+
+
+def weight_of(network):
+    return network.conv1.weight[0, 0, 0, 0].item()
 
 
 def flags(results, *encoders, protocol="linear"):
@@ -65,372 +274,153 @@ def flags(results, *encoders, protocol="linear"):
     return [*command, "--encoder", *encoders]
 
 
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def cells(results, *columns):
+    return [tuple(line[column] for column in columns) for line in read_results(results)]
 
 
-def test_evaluate_writes_one_line_a_seed_and_its_scores(data, tmp_path, here):
+def test_lines_tell_what_was_tested_and_beside_them_are_the_scores(data, encoders, tmp_path, here):
     results = tmp_path / "results.csv"
-    short = ["--epochs", 1, "--freeze-epochs", 0, "--seeds", 2]
-    fine_tuned = ["toy-lesion", data, *flags(results, "scratch", protocol="finetune"), *short]
-    probed = ["toy-organ", data, *flags(results, "scratch"), "--seeds", 2, "--name", "ALL"]
-    here("evaluate.py", *probed)
-    here("evaluate.py", *fine_tuned)
-    again = here("evaluate.py", *fine_tuned)
-    assert again.count("done before") == 2
-    rows = table(results)
-    assert [(r["task"], r["name"], r["protocol"], r["seed"]) for r in rows] == [
-        ("toy-organ", "ALL", "linear", "0"),
-        ("toy-organ", "ALL", "linear", "1"),
-        ("toy-lesion", "scratch", "finetune", "0"),
-        ("toy-lesion", "scratch", "finetune", "1"),
-    ]
-    for row in rows:
-        path = "results-scores/{task}-{name}-{protocol}-{seed}.npz".format(**row)
-        scores = np.load(tmp_path / path)
-        labels, p = scores["labels"], scores["probabilities"]
-        binary = p.shape[1] == 2
-        positive = p[:, 1] if binary else p / p.sum(1, keepdims=True)
-        expected = roc_auc_score(labels, positive, multi_class="ovr")
-        assert float(row["auc"]) == pytest.approx(expected, abs=2e-5)
-        assert len(labels) == int(row["test"]) == len(set(scores["groups"]))
-        expected = f1_score(labels, p.argmax(1), average="binary" if binary else "macro")
-        assert float(row["f1"]) == pytest.approx(expected, abs=1e-5)
-        expected = accuracy_score(labels, p.argmax(1))
-        assert float(row["accuracy"]) == pytest.approx(expected, abs=1e-5)
-        assert row["label_share"] == "1" and row["folds"] == row["auc_sd"] == ""
-    tables = here("evaluate.py", "tables", results)
-    mean = np.mean([float(row["auc"]) for row in rows[:2]])
-    assert "| ALL | -" in tables and f"| {mean:.3f} ± " in tables
-    listed = table(tmp_path / "results-scores" / "near-duplicates-toy-organ.csv")
-    task = load_task("toy-organ", data, 32)
-    pairs = leaks(task, split_of(task))
-    assert [tuple(row.values()) for row in listed] == [
-        (task.names[i], task.names[j], str(bits)) for i, j, bits in pairs
-    ]
-    found = len(table(tmp_path / "results-scores" / "near-duplicates-toy-lesion.csv"))
-    assert f"toy-lesion: {found} of" in again
-
-
-def test_finetune_gives_the_seeds_the_encoders_in_turns_and_linear_a_line_an_encoder(
-    data, encoders, tmp_path, stopped, here
-):
-    results = tmp_path / "results.csv"
-    short = ["--epochs", 1, "--seeds"]
-    fine_tuned = ["toy-lesion", data, *flags(results, *encoders, protocol="finetune"), *short]
-    here("evaluate.py", *fine_tuned, 4)
-    here("evaluate.py", "toy-lesion", data, *flags(results, *encoders))
-    rows = read_results(results)
-    numbers = [(row["protocol"], int(row["seed"]), row["encoder"]) for row in rows]
-    hashes = [encoder_hash(path) for path in encoders]
-    assert numbers == [("finetune", seed, hashes[seed % 3]) for seed in range(4)] + [
-        ("linear", seed, hashes[seed]) for seed in range(3)
-    ]
-    assert len({row["auc"] for row in rows[4:]}) > 1 and {row["name"] for row in rows} == {"run-0"}
-    assert "leaves some of the 3 encoders unused" in stopped("evaluate.py", *fine_tuned, 2)
-    columns = ("slices", "steps", "dose", "pretrain_seconds")
-    assert [rows[4][key] for key in columns] == ["100", "12", "2.0000", "3.5"]
-    assert [rows[5][key] for key in columns] == [""] * 4
-
-
-@pytest.mark.parametrize(
-    "statistics", [((0.5,) * 3, (0.5,) * 3), (0.5, 0.5), (IMAGENET_MEAN, IMAGENET_STD)]
-)
-def test_features_are_those_of_the_plain_forward(statistics):
-    images = np.random.default_rng(0).integers(0, 256, (150, 32, 32), dtype=np.uint8)
-    network = load_encoder("scratch", "resnet18", 0).train()
-    network(torch.rand(16, 3, 32, 32))  # batch norm with statistics of its own
-    colours = torch.from_numpy(images).float().div(255)[:, None].expand(-1, 3, -1, -1)
-    mean, std = (np.broadcast_to(value, 3).tolist() for value in statistics)
-    with torch.inference_mode():
-        expected = network.eval()(Normalize(mean, std)(colours)).numpy()
-    torch.backends.cudnn.allow_tf32 = True
-    found = [np.concatenate(list(features(network, images, statistics, CPU, ""))) for _ in range(2)]
-    assert np.abs(found[0] - expected).max() < 1e-5 * np.abs(expected).max()
-    assert np.array_equal(*found)
-    assert not torch.backends.cudnn.allow_tf32
-
-
-def probability_of(features, labels, train, test, scaled_on, c):
-    scaler = StandardScaler().fit(features[scaled_on])
-    model = LogisticRegression(C=c, max_iter=2000)
-    model.fit(scaler.transform(features[train]), labels[train])
-    return model.predict_proba(scaler.transform(features[test]))
-
-
-def features_of(path, task):
-    network = load_encoder(path, "resnet18", 0)
-    return np.concatenate(list(features(network, task.images, (0.5, 0.5), CPU, "")))
-
-
-def test_label_shares_use_few_labels_and_the_same_for_all_encoders(data, encoders, tmp_path, here):
-    results = tmp_path / "results.csv"
-    shares = ["--label-share", 0.001, 0.1, 1, "--draws", 3, "--device", "cpu"]
-    printed = here("evaluate.py", "toy-organ", data, *flags(results, *encoders[:2]), *shares)
-    assert "toy-organ run-0 linear labels 0.1 seed 1: AUC" in printed and "(SD 0." in printed
-    rows = read_results(results)
-    assert [(row["seed"], row["label_share"], row["train"], row["val"]) for row in rows] == [
-        ("0", "0.001", "6", "0"),
-        ("0", "0.1", str(len_of_share(data)), "0"),
-        ("0", "1", "300", "120"),
-        ("1", "0.001", "6", "0"),
-        ("1", "0.1", str(len_of_share(data)), "0"),
-        ("1", "1", "300", "120"),
-    ]
+    shares = ["--label-share", 0.001, 0.1, 1, "--draws", 3]
+    command = ["evaluate.py", "toy-organ", data, *flags(results, encoders[2]), *shares]
+    assert "toy-organ-run-2-linear-share-0.1-0: AUC 0." in here(*command)
     task = load_task("toy-organ", data, 32)
     split = split_of(task)
-    test = split["test"]
-    assert scores_file(results, rows[4]).name == "toy-organ-run-0-linear-share-0.1-1.npz"
-    images, labels, groups, probabilities = read_scores(results, rows[4])
-    assert probabilities.shape == (3, 240, 6) and np.array_equal(images, test)
-    found = features_of(encoders[1], task)
-    drawn = [evaluate.draw_labels(task, split["train"], 0.1, draw) for draw in range(3)]
-    assert len({tuple(members) for members in drawn}) == 3
-    for members, part in zip(drawn, probabilities):
-        assert set(members) <= set(split["train"]) and set(task.labels[members]) == set(range(6))
-        expected = probability_of(found, task.labels, members, test, split["train"], 0.01)
-        assert np.abs(part - expected).max() < 1e-3
-    values = [roc_auc_score(labels, part, multi_class="ovr") for part in probabilities]
-    assert float(rows[4]["auc"]) == pytest.approx(np.mean(values), abs=1e-4)
-    assert float(rows[4]["auc_sd"]) == pytest.approx(np.std(values, ddof=1), abs=1e-4)
-    best_auc = 0
-    for c in evaluate.C_GRID:  # C by validation AUC, on all training images
-        parts = [split["val"], test]
-        on_val, on_test = (
-            roc_auc_score(
-                task.labels[rows],
-                probability_of(found, task.labels, split["train"], rows, split["train"], c),
-                multi_class="ovr",
-            )
-            for rows in parts
-        )
-        if on_val > best_auc:
-            best_auc, expected = on_val, on_test
-    assert float(rows[5]["auc"]) == pytest.approx(expected, abs=2e-3)
-    again = here("evaluate.py", "toy-organ", data, *flags(results, *encoders[:2]), *shares)
-    assert again.count("done before") == 6
+    tenth = str(len(draw_labels(task, split["train"], 0.1, 0)))
+    counts = [("0.001", "6", "0", "240"), ("0.1", tenth, "0", "240"), ("1", "300", "120", "240")]
+    assert cells(results, "label_share", "train", "val", "test") == counts
+    network = encoder.load_encoder(encoders[2], "resnet18", 0)
+    found = encoder.features(network, task.images, (0.5, 0.5), CPU, "")
+    evaluated = [evaluate.probe_draws(found, task, share, 3)[3] for share in (0.001, 0.1)]
+    evaluated.append(evaluate.probe_split(found, task)[3])
+    for line, p in zip(read_results(results), evaluated, strict=True):
+        scores = np.load(scores_file(results, line))
+        assert np.abs(scores["probabilities"] - p).max() < 1e-3
+        assert np.array_equal(scores["images"], split["test"])
+        for name in ("labels", "groups"):
+            assert np.array_equal(scores[name], getattr(task, name)[split["test"]])
+        for column, value in evaluate.measure(scores["labels"], p).items():
+            assert line[column] == value == "" or abs(float(line[column]) - float(value)) < 2e-3
+    before = results.read_bytes()
+    assert here(*command).count("done before") == 3 and results.read_bytes() == before
 
 
-def len_of_share(data):
-    labels = np.load(data / "toy-organ.npz")["train_labels"].ravel()
-    return sum(max(1, round(0.1 * count)) for count in np.bincount(labels))
-
-
-def test_folds_test_every_image_once_a_repeat_and_keep_groups_together(
-    data, encoders, tmp_path, here
-):
-    results = tmp_path / "results.csv"
-    folds = ["--folds", 4, "--repeats", 3]
-    printed = here("evaluate.py", "images", data / "images", *flags(results, encoders[0]), *folds)
-    assert "they are no new data: it is the same 60 images" in printed
+def test_every_image_is_tested_once_a_repeat(data, tmp_path, here, used):
+    command = ["evaluate.py", "images", data / "images", *flags(tmp_path / "r.csv", "scratch")]
+    printed = here(*command, "--seeds", 1, "--folds", 4, "--repeats", 3)
     assert "AUC and F1 are those of class b" in printed
-    [row] = read_results(results)
-    assert (row["folds"], row["train"], row["val"], row["test"]) == ("4x3", "45", "0", "60")
-    assert scores_file(results, row).name == "images-run-0-linear-folds-4x3-0.npz"
-    images, labels, groups, probabilities = read_scores(results, row)
-    assert probabilities.shape == (12, 60, 2) and images.tolist() == list(range(60))
-    assert len(set(groups)) == 20
-    tested = ~np.isnan(probabilities[:, :, 0])
-    assert (tested.reshape(3, 4, 60).sum(1) == 1).all()
-    for part in tested:
-        assert not set(groups[part]) & set(groups[~part])
+    assert cells(tmp_path / "r.csv", "folds", "train", "val", "test") == [("4x3", "45", "0", "60")]
     task = load_task("images", data / "images", 32)
-    found = features_of(encoders[0], task)
-    for repeat in range(3):
-        for fold, rows in enumerate(make_folds(task, 4, repeat)):
-            train = np.setdiff1d(images, rows)
-            expected = probability_of(found, labels, train, rows, train, 0.01)
-            part = probabilities[4 * repeat + fold]
-            assert np.abs(part[rows] - expected).max() < 1e-3
-    values = [roc_auc_score(labels[t], p[t, 1]) for t, p in zip(tested, probabilities)]
-    of_repeats = np.reshape(values, (3, 4)).mean(1)
-    assert float(row["auc"]) == pytest.approx(of_repeats.mean(), abs=1e-4)
-    assert float(row["auc_sd"]) == pytest.approx(of_repeats.std(ddof=1), abs=1e-4)
+    [line] = read_results(tmp_path / "r.csv")
+    parts = np.load(scores_file(tmp_path / "r.csv", line))["probabilities"]
+    folds = [fold for repeat in range(3) for fold in make_folds(task, 4, repeat)]
+    for part, images in zip(parts, folds, strict=True):
+        assert np.flatnonzero(~np.isnan(part[:, 0])).tolist() == images.tolist()
+    assert line["auc_sd"] == evaluate.measure(task.labels, parts, 4)["auc_sd"]
 
 
-def test_fine_tuning_starts_from_the_encoder_as_it_is(data):
-    """The first forward pass is the first batch's: batch norm's statistics are the encoder's."""
-    task = load_task("toy-lesion", data, 32)
-    encoder = load_encoder("scratch", "resnet18", 0)
-    encoder.bn1.running_mean += 0.5
-    seen = []
-
-    def record(module, inputs):
-        seen.append((len(inputs[0]), {k: v.clone() for k, v in module.state_dict().items()}))
-
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    encoder.register_forward_pre_hook(record)
-    args = SimpleNamespace(
-        lr=1e-4,
-        weight_decay=5e-4,
-        epochs=1,
-        freeze_epochs=0,
-        batch_size=50,
-        name="x",
-        precision="float32",
-    )
-    evaluate.finetune(encoder, task, split_of(task), 0, args, CPU)
-    batch, state = seen[0]
-    assert batch == 50
-    assert all(torch.equal(state[key], before[key]) for key in before)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_fine_tuning_is_repeatable_in_both_precisions(data, precision):
-    task = load_task("toy-lesion", data, 32)
-    split = {part: rows[:20] for part, rows in split_of(task).items()}
-    args = SimpleNamespace(
-        lr=1e-3,
-        weight_decay=5e-4,
-        epochs=2,
-        freeze_epochs=1,
-        batch_size=10,
-        name="x",
-        precision=precision,
-    )
-    torch.backends.cudnn.deterministic = False
-    runs = []
-    for _ in range(2):
-        encoder = load_encoder("scratch", "resnet18", 0)
-        runs.append(evaluate.finetune(encoder, task, split, 0, args, CPU))
-    assert np.array_equal(*runs) and runs[0].dtype == np.float32
-    assert torch.backends.cudnn.deterministic
-    assert np.allclose(runs[0].sum(1), 1, atol=1e-5)
-
-
-def test_a_line_made_in_another_precision_is_made_anew(data, tmp_path, here, monkeypatch):
-    write_covid_ct(tmp_path / "covid-ct")
+def test_seeds_and_encoders(data, encoders, tmp_path, stopped, here, used):
+    """Fine-tuning: a line a seed, the encoders in turns. Linear: a line an encoder, of its seed."""
     results = tmp_path / "results.csv"
-    command = ["covid-ct", tmp_path / "covid-ct"]
-    command += [*flags(results, "scratch", protocol="finetune"), "--epochs", 1, "--seeds", 1]
-    for pays, precision in ((False, "float32"), (True, "bfloat16")):
-        monkeypatch.setattr(simclr, "bf16_pays", lambda device: pays)
-        assert "done before" not in here("evaluate.py", *command)
-        [row] = read_results(results)
-        assert f" precision={precision} " in row["settings"]
-    assert "done before" in here("evaluate.py", *command, "--precision", "bfloat16")
+    tuned = ["evaluate.py", "toy-lesion", data, *flags(results, *encoders, protocol="finetune")]
+    assert "leaves encoders unused" in stopped(*tuned, "--seeds", 2)
+    here(*tuned, "--seeds", 4)
+    here("evaluate.py", "toy-lesion", data, *flags(results, *encoders))
+    here("evaluate.py", "toy-lesion", data, *flags(results, "scratch"), "--seeds", 2)
+    hashes = [encoder.encoder_hash(path) for path in encoders]
+    assert cells(results, "name", "protocol", "seed", "encoder") == [
+        *(("run-0", "finetune", str(seed), hashes[seed % 3]) for seed in range(4)),
+        *(("run-0", "linear", str(seed), hashes[seed]) for seed in range(3)),
+        *(("scratch", "linear", str(seed), "scratch") for seed in range(2)),
+    ]
+    weights = [weight_of(encoder.load_encoder("scratch", "resnet18", seed)) for seed in range(3)]
+    assert used[:4] == [(weights[seed % 3], seed) for seed in range(4)]
+    assert used[4:] == [(weights[seed], (0.5, 0.5)) for seed in (0, 1, 2, 0, 1)]
+    cost = cells(results, "slices", "steps", "dose", "pretrain_seconds")
+    assert cost[4] == ("100", "12", "2.0000", "3.5")  # dose: (8 * 1 + 4 * 4) / 12
+    assert cost[6] == cost[7] == ("",) * 4
+    known = tmp_path / "known.csv"  # without the encoder whose seed is not known
+    here("evaluate.py", "toy-lesion", data, *flags(known, *encoders[:2]))
+    assert cells(known, "seed", "encoder") == [("7", hashes[0]), ("6", hashes[1])]
 
 
-def test_lines_of_edited_code_are_refused_not_reused(data, tmp_path, here, stopped, monkeypatch):
+def test_imagenet_weights_get_imagenets_input(data, tmp_path, here, monkeypatch, used):
+    network = encoder.load_encoder("scratch", "resnet18", 0)
+    monkeypatch.setattr(encoder, "load_encoder", lambda source, arch, seed: network)
+    here("evaluate.py", "toy-lesion", data, *flags(tmp_path / "r.csv", "imagenet"))
+    # torchvision's documentation
+    assert used[0][1] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert cells(tmp_path / "r.csv", "name", "encoder") == [("imagenet", "imagenet")]
+
+
+def test_every_flag_that_decides_a_line_is_among_its_settings(monkeypatch):
+    def settings(*command):
+        end = ["--encoder", "scratch", "--results", "r.csv", "--size", 32, *command]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "organ", "organ", *map(str, end)])
+        args = evaluate.parse_args()
+        return evaluate.settings_of(args, made_task(), args.label_share[0])
+
+    linear, tuned = ["--protocol", "linear"], ["--precision", "float32"]
+    others = ["--name", "x", "--seeds", 2, "--device", "cpu", "--draws", 3, "--repeats", 3]
+    before = {"arch": "resnet50", "size": 32, "c": "validation", "data": made_task().digest}
+    assert settings(*linear, *others, "--lr", 1) == before
+    assert settings(*linear, "--arch", "resnet18") == before | {"arch": "resnet18"}
+    before["c"] = 0.01
+    assert settings(*linear, "--folds", 3) == before
+    assert settings(*linear, "--label-share", 0.1, "--draws", 3) == before | {"draws": 3}
+    before = settings(*tuned)
+    assert settings(*tuned, *others) == before
+    for name in ("size", "epochs", "freeze_epochs", "lr", "weight_decay", "batch_size"):
+        assert settings(*tuned, f"--{name.replace('_', '-')}", 17) == before | {name: 17}
+    assert settings("--precision", "bfloat16") == before | {"precision": "bfloat16"}
+
+
+def test_a_line_is_never_replaced_nor_compared_with_one_of_other_settings(
+    data, encoders, tmp_path, here, stopped, monkeypatch, used
+):
+    """Also not by one that was computed at the same time."""
     results = tmp_path / "results.csv"
     command = ["evaluate.py", "toy-lesion", data, *flags(results, "scratch"), "--seeds", 1]
-    here(*command)
-    before = results.read_bytes()
-    monkeypatch.setattr(evaluate, "one_digest", lambda *names: "0" * 8)
+    probe = evaluate.probe_split
+
+    def slow_probe(*arguments):
+        monkeypatch.setattr(evaluate, "probe_split", probe)
+        here(*command, "--size", 40, "--name", "ALL")
+        return probe(*arguments)
+
+    monkeypatch.setattr(evaluate, "probe_split", slow_probe)
     line = stopped(*command)
-    assert "lines of toy-lesion were made by other code" in line and "another --results" in line
-    assert "made by other code" in stopped(*command, "--name", "another-row")
-    assert results.read_bytes() == before
-    task = ["evaluate.py", "toy-organ", data, *flags(results, "scratch"), "--seeds", 1]
-    assert "AUC" in here(*task)  # its lines are not compared with those
+    assert "was made otherwise (size 40 -> 32" in line and "give another --results" in line
+    assert cells(results, "name") == [("ALL",)]
+    other = [*command[:3], *flags(results, encoders[2]), "--size", 40]
+    assert "ALL-linear-0 is of another encoder" in stopped(*other, "--name", "ALL")
+    assert len(read_results(results)) == 1
+    assert "AUC" in here(*other) and "AUC" in here(*other, "--label-share", 0.5)
 
 
-def test_a_line_is_never_replaced_by_one_of_another_encoder(data, tmp_path, here, stopped):
-    """Two encoders without a log are both seed 0 of their row."""
-    results = tmp_path / "results.csv"
-    for i in range(2):
-        weights = load_encoder("scratch", "resnet18", i).state_dict()
-        torch.save(weights, tmp_path / f"{i}.pt")
-    here("evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "0.pt"), "--name", "ALL")
-    before = results.read_bytes()
-    command = ["evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "1.pt")]
-    assert "seed 0 is of another encoder" in stopped(*command, "--name", "ALL")
-    assert results.read_bytes() == before
-    assert "AUC" in here(*command, "--name", "other")
-
-
-def test_a_line_is_never_replaced_by_one_of_other_data(data, tmp_path, here, stopped):
-    """Two folders of one's own images are both the task `images`."""
-    results = tmp_path / "results.csv"
-    other = tmp_path / "other"
-    shutil.copytree(data / "images", other)
-    labels = (other / "labels.csv").read_text()
-    (other / "labels.csv").write_text(labels.replace(",a,", ",x,").replace(",b,", ",a,"))
-    end = [*flags(results, "scratch"), "--seeds", 1]
-    here("evaluate.py", "images", data / "images", *end)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert "on other images, labels or groups" in stopped("evaluate.py", "images", other, *end)
-    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert "AUC" in here("evaluate.py", "images", other, *end, "--size", 40)
-
-
-def write_lines(results, name):
-    for seed in range(9):
-        row = dict.fromkeys(COLUMNS, "1") | {"name": name, "seed": str(seed), "folds": ""}
-        scores = np.full((20, 2), seed / 9)
-        write_line(results, row, np.arange(20), np.arange(20) % 2, np.arange(20), scores)
-
-
-def test_evaluations_at_the_same_time_share_a_results_file(tmp_path):
-    """Three of them, two of the same row."""
-    results = tmp_path / "results.csv"
-    context = multiprocessing.get_context("fork")
-    names = ("one", "two", "one")
-    processes = [context.Process(target=write_lines, args=(results, name)) for name in names]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    rows = read_results(results)
-    lines = sorted((row["name"], row["seed"]) for row in rows)
-    assert lines == [(name, str(seed)) for name in ("one", "two") for seed in range(9)]
-    for row in rows:
-        assert (read_scores(results, row)[3] == np.float32(int(row["seed"]) / 9)).all()
-    assert not list(tmp_path.rglob("*.unfinished"))
-
-
-def test_what_is_not_finite_gets_one_line(data, encoders, tmp_path, stopped):
-    broken = torch.load(encoders[0], weights_only=True)
+def test_what_is_not_finite_gets_one_line(data, tmp_path, stopped):
+    broken = encoder.load_encoder("scratch", "resnet18", 0).state_dict()
     broken["conv1.weight"][0] = torch.nan
-    torch.save(broken, tmp_path / "encoder.pt")
-    results = tmp_path / "results.csv"
-    command = ["evaluate.py", "toy-lesion", data, *flags(results, tmp_path / "encoder.pt")]
+    torch.save(broken, path := tmp_path / "encoder.pt")
+    command = ["evaluate.py", "toy-lesion", data, *flags(tmp_path / "r.csv", path)]
     assert "features that are not finite" in stopped(*command)
-    command = ["evaluate.py", "toy-lesion", data, *flags(results, "scratch", protocol="finetune")]
-    assert "diverged" in stopped(*command, "--seeds", 1, "--epochs", 1, "--lr", 1e30)
+    command[-1:] = ["scratch", "--protocol", "finetune", "--seeds", 1, "--epochs", 1, "--lr", 1e30]
+    assert "diverged" in stopped(*command)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--protocol", "linear", "--folds", 31], "class a holds only 30 images: use fewer folds"),
-        (["--protocol", "linear", "--folds", 11], "whose images are of 10 groups"),
-        (["--protocol", "linear", "--folds", 1], "at least 2"),
-        (["--protocol", "linear", "--folds", 3, "--label-share", 0.1], "exclude each other"),
-        (["--protocol", "linear", "--label-share", 0.1, 1.5], "--label-share 1.5: not a share"),
-        (["--protocol", "linear", "--precision", "bfloat16"], "--precision is for"),
-        (["--label-share", 0.1], "are for --protocol linear"),
-        (["--draws", 0], "--draws must be at least 1"),
-        (["--lr", 0], "--lr must be above 0"),
-        (["--name", "a/b"], "letters, digits"),
+        ("--protocol linear --folds 11", "(30 images of 10 groups) has 0 in fold"),
+        ("--protocol linear --precision bfloat16", "--precision is for"),
+        ("--label-share 0.1", "are for --protocol linear"),
+        ("--name a/b", "letters, digits"),
+        ("--encoder {t}/encoder.pt", "not a log of pretrain.py"),
     ],
 )
-def test_wrong_flags_get_one_line(data, tmp_path, stopped, flags, words):
+def test_wrong_flags_get_one_line(data, encoders, tmp_path, stopped, flags, words):
+    (tmp_path / "encoder.pt").write_bytes(encoders[0].read_bytes())
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
+    results = tmp_path / "results.csv"
     command = ["evaluate.py", "images", data / "images", "--encoder", "scratch", "--size", 16]
-    assert words in stopped(*command, "--results", tmp_path / "r.csv", *flags)
-    assert not (tmp_path / "r.csv").exists()
-
-
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        (
-            ["toy-organ", "{t}/none", "--encoder", "scratch", "--results", "{t}/r.csv"],
-            "no such file",
-        ),
-        (
-            ["toy-organ", "{t}/empty", "--encoder", "scratch", "--results", "{t}/r.csv"],
-            "one is needed",
-        ),
-        (["images", "{t}/empty", "--encoder", "scratch", "--results", "{t}/r.csv"], "labels.csv"),
-        (["tables", "{t}/none.csv"], "no such file"),
-        (["figure", "{t}/none.csv", "{t}/figure.svg"], "no such file"),
-        (["tables", "{t}/old.csv"], "not a results file"),
-    ],
-)
-def test_bad_input_gets_one_line(tmp_path, stopped, command, words):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "old.csv").write_text("task,name\nx,y\n")
-    assert words in stopped("evaluate.py", *(part.format(t=tmp_path) for part in command))
+    command += ["--arch", "resnet18", "--results", results, *flags.format(t=tmp_path).split()]
+    assert words in stopped(*command) and not results.exists()

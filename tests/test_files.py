@@ -1,5 +1,6 @@
-"""Digests of code, locks, and files that are complete or absent."""
+"""Files that are complete or absent, locks, flags' types, and what a product says of its making."""
 
+import argparse
 import fcntl
 
 import pytest
@@ -18,30 +19,78 @@ def keep(values, name=None):
 '''
 
 
-def test_a_digest_ignores_comments_layout_and_docstrings_only():
-    """The digits are the same on Python 3.11 to 3.13, on which this was tried."""
-    assert files.syntax_digest(SOURCE) == "8c49f9a1"
+@pytest.fixture
+def digest_of(tmp_path, monkeypatch):
+    """digest_of(source): the digest of a file that holds it."""
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+
+    def call(source):
+        (tmp_path / "file.py").write_text(source)
+        return files.digest.__wrapped__("file.py")
+
+    return call
+
+
+def test_a_digest_ignores_comments_layout_and_docstrings_only(digest_of):
+    expected = digest_of(SOURCE)
     same = SOURCE.replace("  # why", "").replace("A module.", "Other words.").replace("\n\n", "\n")
-    assert files.syntax_digest(same) == files.syntax_digest(SOURCE)
-    edits = [
-        ("3", "4"),
-        (">", ">="),
-        ("None", '""'),
-        ("None", "0"),
-        ("None", "False"),
-        (" of ", ""),
-    ]
-    digests = {files.syntax_digest(SOURCE.replace(old, new, 1)) for old, new in edits}
-    assert len(digests) == len(edits) and files.syntax_digest(SOURCE) not in digests
+    assert digest_of(same) == digest_of(same.replace('    """What it does."""\n', "")) == expected
+    edits = [("3", "4"), (">", ">="), ("None", "0"), ("None", "False"), (" of ", "")]
+    digests = {digest_of(SOURCE.replace(old, new, 1)) for old, new in edits}
+    assert len(digests) == len(edits) and expected not in digests
 
 
-def test_check_code_names_the_file_and_what_to_do():
-    before = {"a.py": "1", "b.py": "2"}
-    files.check_code("RUN", before, before, "delete it")
-    with pytest.raises(SystemExit, match="RUN: was made by another version of b.py: delete it"):
-        files.check_code("RUN", before, {"a.py": "1", "b.py": "3"}, "delete it")
-    with pytest.raises(SystemExit, match="another version of a.py"):
-        files.check_code("RUN", None, {"a.py": "1"}, "delete it")
+def test_code_names_the_imported_files_but_those_that_show():
+    from common import reduction, tables  # noqa: F401
+
+    code = files.code("common/reduction.py")
+    assert "common/files.py" in code and "common/hashing.py" in code
+    assert not {"common/reduction.py", "common/tables.py"} & set(code)
+    assert not any("site-packages" in name for name in code)
+
+
+def test_a_product_made_otherwise_is_refused_by_what_differs(capsys):
+    settings = {"size": 32, "seed": 0}
+    made = {"settings": settings, "code": files.code()}
+    edited = made | {"code": {"common/files.py": "12345678", "common/gone.py": "12345678"}}
+    files.refuse_other("RUN", made, settings, "delete it")
+    for record, wanted, message in (
+        (made, settings | {"size": 64}, r"RUN: was made otherwise \(size 32 -> 64\): delete it"),
+        (made, settings | {"new": 1}, "new None -> 1"),
+        (edited, settings, r"common/files.py 12345678 -> \w{8}, common/gone.py"),
+        ({"settings": {}}, {}, "does not say what made it: delete it"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            files.refuse_other("RUN", record, wanted, "delete it")
+
+
+def test_an_atomic_write_is_complete_or_absent(tmp_path):
+    path = tmp_path / "file"
+    with files.atomic_write(path, text=True) as file:
+        file.write("first")
+    with pytest.raises(ValueError), files.atomic_write(path, text=True) as file:
+        file.write("second")
+        raise ValueError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_of_a_line_goes(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a":')
+    assert files.read_json(path, lines=True) == [{"a": 1}]
+    files.append_lines(path, '{"a": 2}\n')
+    assert files.read_json(path, lines=True) == [{"a": 1}, {"a": 2}]
+    path.write_text("nonsense\n")
+    with pytest.raises(SystemExit, match="lines.jsonl: damaged"):
+        files.read_json(path, lines=True)
+
+
+def test_two_cannot_work_in_one_folder(tmp_path):
+    with files.exclusive(tmp_path / "run"):
+        with pytest.raises(SystemExit, match="another run is at work there"):
+            with files.exclusive(tmp_path / "run"):
+                pass
+    assert not (tmp_path / "run").exists()  # nothing was made
 
 
 def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -49,17 +98,34 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with files.exclusive(tmp_path / "run"), files.locked(tmp_path / "results.csv"):
-        pass
+    with files.exclusive(tmp_path / "run"):
+        files.append_lines(tmp_path / "results.csv", "a line\n")
     assert capsys.readouterr().err.count("this file system has no locks") == 2
 
 
-def test_an_atomic_write_is_complete_or_absent(tmp_path):
-    path = tmp_path / "file"
-    with files.atomic_write(path, text=True) as file:
-        file.write("first")
-    with pytest.raises(ValueError):
-        with files.atomic_write(path, text=True) as file:
-            file.write("second")
-            raise ValueError
-    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize(
+    "flag", ["--size=0", "--size=8", "--share=0", "--share=1.01", "--share=nan"]
+)
+def test_a_flag_outside_of_its_limits_is_one_line(flag):
+    flags = files.Flags(prog="script.py")
+    flags.add_argument("--size", type=files.number(int, least=1, most=7))
+    flags.add_argument("--share", type=files.number(above=0, most=1))
+    expected = argparse.Namespace(size=7, share=0.01)
+    assert flags.parse_args(["--size", "7", "--share", "0.01"]) == expected
+    name, value = flag.split("=")
+    with pytest.raises(SystemExit, match=f"{name}: {value}: must be .*see script.py --help"):
+        flags.parse_args([flag])
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["reduce.py", "none", "out", "--strategy", "hash"], "error: none: no such folder"),
+        (["pretrain.py", "none.csv", "run"], "error: none.csv: no such selection"),
+        (["evaluate.py", "tables", "none.csv"], "error: none.csv: holds no results"),
+    ],
+)
+def test_a_scripts_error_is_one_line_and_no_traceback(run, command, message):
+    done = run(*command, ok=False)
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""

@@ -1,23 +1,19 @@
-"""pretrain.py, tiny: resuming, refusals, what the log says."""
+"""pretrain.py, tiny: what a run is, resuming, refusals, what the log says."""
 
-import hashlib
 import json
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
+from hashlib import sha256
 
 import pytest
 import torch
+from torch import nn
 
 import pretrain
-from common import files, toy
+from common import simclr, toy
 from common.encoder import load_encoder
+from common.files import run_script
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "resnet18", "--size", 32, "--batch-size", 8, "--optimizer", "adamw"]
 
 
@@ -31,25 +27,46 @@ def store(tmp_path_factory, run):
     return folder / "out"
 
 
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest(run):
+    return sha256((run / "encoder.pt").read_bytes()).hexdigest()
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def stop_after(monkeypatch, step):
-    """Save a checkpoint at every step, and end the run once that of `step` is on disk."""
-    save_checkpoint = pretrain.save_checkpoint
+def parsed(monkeypatch, *command):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, command)])
+    return pretrain.parse_args()
 
-    def save_and_stop(run, done, *state):
-        save_checkpoint(run, done, *state)
-        if done == step:
-            raise SystemExit("killed")
 
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 0)
-    monkeypatch.setattr(pretrain, "save_checkpoint", save_and_stop)
+def test_the_defaults_are_the_papers(monkeypatch):
+    """Where they are published; else SimCLR's: see README's table of settings."""
+    args = parsed(monkeypatch, "all.csv", "run")
+    assert (args.arch, args.epochs, args.batch_size) == ("resnet50", 800, 128)
+    assert (args.optimizer, args.lr, args.weight_decay) == ("lars", 0.15, 1e-6)
+    assert (args.warmup, args.temperature, args.size) == (10 / 800, 0.1, 96)
+    assert (args.sample, args.neighbours, args.loss_groups) == ("kept", 1, 1)
+    assert args.mask_negatives is args.steps is None and args.seed == 0
+    assert parsed(monkeypatch, "all.csv", "run", "--batch-size", 512).lr == 0.6
+    assert parsed(monkeypatch, "all.csv", "run", "--optimizer", "adamw").lr == 1e-3
+
+
+def test_encoder_is_the_trained_resnet_alone(store, here, tmp_path):
+    """Neither fc nor head; batch norm saw both views of every step at once, in training mode."""
+    here("pretrain.py", store / "hash-6.csv", tmp_path, "--epochs", 2, *TINY, "--seed", 1)
+    trained = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    initial = load_encoder("scratch", "resnet18", 1).state_dict()
+    assert trained.keys() == initial.keys()
+    for name, before in initial.items():
+        change = (trained[name].double() - before).norm()
+        assert change > 0, name
+        if name.endswith("conv1.weight"):
+            assert change < 0.5 * before.norm()  # of the same seed
+    header, *epochs = log(tmp_path)
+    per_epoch = -(-header["settings"]["slices"] // 8)
+    assert [line["step"] for line in epochs] == [per_epoch, 2 * per_epoch]
+    assert trained["bn1.num_batches_tracked"] == header["settings"]["steps"] == 2 * per_epoch
 
 
 @pytest.mark.parametrize(
@@ -65,92 +82,121 @@ def stop_after(monkeypatch, step):
 )
 def test_a_stopped_run_ends_with_the_same_bytes(store, here, monkeypatch, tmp_path, flags):
     command = ["pretrain.py", store / "hash-6.csv"]
-    flags = ["--steps", 4, *TINY, *flags]
+    flags = ["--steps", 3, *TINY, *flags]
     here(*command, tmp_path / "a", *flags)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(SystemExit, match="killed"):
-            here(*command, tmp_path / "b", *flags)
-    assert not (tmp_path / "b" / "encoder.pt").exists()
+    save_checkpoint = pretrain.save_checkpoint
+
+    def save_and_stop(run, step, *state):
+        save_checkpoint(run, step, *state)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^stopped: .*$"):
+        patch.setattr(pretrain, "save_checkpoint", save_and_stop)
+        run_script(partial(here, *command, tmp_path / "b", *flags))
+    assert {path.name for path in (tmp_path / "b").iterdir()} <= {"checkpoint.pt", "log.jsonl"}
     assert "going on at step 2" in here(*command, tmp_path / "b", *flags)
-    assert digest(tmp_path / "a" / "encoder.pt") == digest(tmp_path / "b" / "encoder.pt")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
     for first, second in zip(log(tmp_path / "a")[1:], log(tmp_path / "b")[1:], strict=True):
         for name in ("step", "loss", "top1", "std", "lr", "dose"):
             assert first[name] == second[name]
 
 
-def test_a_finished_run_is_left_and_another_one_refused(store, here, stopped, capsys, tmp_path):
+@pytest.fixture
+def small_network(monkeypatch):
+    """Where it does not matter what is trained: a network of one convolution."""
+
+    def build(arch):
+        encoder = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+        return nn.Sequential(nn.Sequential(*encoder, nn.Flatten()), nn.Linear(4, 8))
+
+    monkeypatch.setattr(simclr, "build", build)
+
+
+def test_each_flag_of_the_training_changes_it(store, here, tmp_path, small_network):
+    """No two of these runs have the same encoder, so none of the flags is without effect."""
+    changes = [[], ["--precision", "bfloat16"], ["--seed", 1], ["--temperature", 0.5]]
+    changes += [["--optimizer", "lars"], ["--lr", 0.01], ["--weight-decay", 0.5], ["--warmup", 1]]
+    changes += [["--batch-size", 10], ["--size", 40], ["--steps", 3], ["--sample", "clusters"]]
+    changes += [["--sample", "all"], ["--neighbours", 4], ["--loss-groups", 2]]
+    changes += [["--mask-negatives", 30], ["--mask-negatives", 30, "--mask-random"]]
+    digests = set()
+    for i, change in enumerate(changes):
+        flags = ["--steps", 2, *TINY, "--precision", "float32", *change]
+        here("pretrain.py", store / "hash-6.csv", tmp_path / str(i), *flags)
+        digests.add(digest(tmp_path / str(i)))
+        assert len(digests) == i + 1, change
+
+
+def test_a_finished_run_is_left_and_another_one_refused(
+    store, here, stopped, capsys, tmp_path, small_network
+):
+    """Of other settings, another selection, or edited code: also where it is not finished."""
     selection, run = store / "hash-6.csv", tmp_path / "run"
     flags = ["--steps", 2, "--precision", "float32", *TINY]
-    here("pretrain.py", selection, run, *flags)
-    before = digest(run / "encoder.pt")
-    assert stopped("pretrain.py", selection, run, *flags) == ""
-    assert "nothing to do" in capsys.readouterr().out
-    line = stopped("pretrain.py", selection, run, *flags, "--steps", 3)
-    assert "other settings (steps 2 -> 3)" in line
-    line = stopped("pretrain.py", selection, run, *flags, "--precision", "bfloat16")
-    assert "other settings (precision float32 -> bfloat16)" in line
-    assert "other settings (slices" in stopped("pretrain.py", store / "all.csv", run, *flags)
-    assert digest(run / "encoder.pt") == before
-    header, *epochs = log(run)
-    assert {"settings", "code", "versions"} <= set(header) and epochs[-1]["step"] == 2
-    names = set(load_encoder(run / "encoder.pt", "resnet18", 0).state_dict())
-    assert names == set(torch.load(run / "encoder.pt", weights_only=True))
-
-
-def test_edited_code_is_never_mistaken_for_the_old(store, stopped, here, monkeypatch, tmp_path):
-    """An edited augmentation: a finished and an unfinished run are refused; a comment changes nothing."""
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    shutil.copy(ROOT / "pretrain.py", tmp_path)
-    monkeypatch.setattr(files, "ROOT", tmp_path)
-    monkeypatch.setattr(pretrain, "code_digest", files.code_digest.__wrapped__)  # not cached
-    command = ["pretrain.py", store / "hash-6.csv", tmp_path / "run", "--steps", 2, *TINY]
+    command = ["pretrain.py", selection, run, *flags]
     here(*command)
-    source = (tmp_path / "common" / "simclr.py").read_text()
-    (tmp_path / "common" / "simclr.py").write_text(source + "\n# a comment\n")
-    assert stopped(*command) == ""  # nothing to do
-    edited = source.replace("uniform(0.6, 1.4, n)", "uniform(0.1, 1.9, n)")
-    assert edited != source
-    (tmp_path / "common" / "simclr.py").write_text(edited)
-    refusal = "was made by another version of common/simclr.py: give another RUN, or delete"
+    before = digest(run)
+    assert stopped(*command) == ""
+    assert "nothing to do" in capsys.readouterr().out
+    line = stopped(*command, "--precision", "bfloat16", "--steps", 3)
+    assert "made otherwise (steps 2 -> 3, precision float32 -> bfloat16)" in line
+    line = stopped("pretrain.py", store / "all.csv", run, *flags)
+    assert "otherwise (slices " in line and ", selection " in line
+    assert digest(run) == before
+    header = log(run)[0]
+    assert header.keys() == {"command", "settings", "code", "device", "threads", "versions"}
+    assert {"pretrain.py", "common/simclr.py", "common/batches.py"} <= header["code"].keys()
+    header["code"]["common/simclr.py"] = "before"  # as after an edit
+    (run / "log.jsonl").write_text(json.dumps(header) + "\n")
+    refusal = "was made otherwise (common/simclr.py before -> "
     assert refusal in stopped(*command)
-    header = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[0]
-    (tmp_path / "run" / "encoder.pt").unlink()
-    unfinished = {"step": 1, "log": [json.loads(header)]}
-    torch.save(unfinished, tmp_path / "run" / "checkpoint.pt")
+    (run / "encoder.pt").unlink()
+    torch.save({"step": 1, "log": [header]}, run / "checkpoint.pt")
     assert refusal in stopped(*command)
 
 
-def test_rows_of_as_many_steps_have_the_same_schedule(store, here, tmp_path):
-    """However many slices they have, and the learning rate follows the batch (SimCLR)."""
-    flags = ["--steps", 4, "--warmup", 0.5, *TINY, "--optimizer", "lars"]
-    for name in ("all", "hash-6"):
-        here("pretrain.py", store / f"{name}.csv", tmp_path / name, *flags)
-    rates = {name: log(tmp_path / name)[-1]["lr"] for name in ("all", "hash-6")}
-    assert rates["all"] == rates["hash-6"] > 0
-    assert log(tmp_path / "all")[0]["settings"]["lr"] == 0.3 * 8 / 256
+def test_runs_of_as_many_steps_have_the_same_schedule(
+    store, here, stopped, tmp_path, small_network
+):
+    """However many slices they have: --steps-of takes the number from the other run."""
+    flags = ["--warmup", 0.25, *TINY, "--optimizer", "lars"]
+    here("pretrain.py", store / "all.csv", tmp_path / "all", *flags, "--epochs", 1)
+    few = ["pretrain.py", store / "hash-6.csv", tmp_path / "few", *flags]
+    here(*few, "--steps-of", tmp_path / "all")
+    first, second = (log(tmp_path / name) for name in ("all", "few"))
+    assert first[0]["settings"]["slices"] > second[0]["settings"]["slices"]
+    assert first[0]["settings"]["steps"] == first[-1]["step"] == second[-1]["step"] == 8
+    # the last of 8 steps, 2 of them to warm up, is 5/6 of the way down the cosine
+    cosine = 0.5 * (1 - 3**0.5 / 2)
+    assert first[-1]["lr"] == second[-1]["lr"] == pytest.approx(0.3 * 8 / 256 * cosine)
+    assert "no run there" in stopped(*few, "--steps-of", tmp_path / "none")
 
 
-def test_the_log_tells_the_dose(store, here, tmp_path):
-    flags = ["--epochs", 1, "--neighbours", 8, *TINY]
-    here("pretrain.py", store / "all.csv", tmp_path / "plain", *flags)
-    here("pretrain.py", store / "all.csv", tmp_path / "masked", *flags, "--mask-negatives", 6)
-    assert log(tmp_path / "plain")[-1]["dose"] > 1 and log(tmp_path / "masked")[-1]["dose"] == 0
+def test_a_line_of_the_log_is_the_mean_of_its_steps():
+    steps = [(torch.tensor([1.0, 0.2, 0.3]), 4.0, 16, 0.5, 1.0)]
+    steps += [(torch.tensor([2.0, 0.4, 0.1]), 2.0, 16, 0.5, 1.0)]
+    line = pretrain.epoch_line(7, 4, 0.1, steps)
+    assert (line["epoch"], line["step"], line["lr"], line["dose"]) == (2, 8, 0.1, 3)
+    assert (line["loss"], line["top1"], line["std"]) == (1.5, 0.3, 0.2)
+    assert (line["images_per_second"], line["seconds"], line["waiting"]) == (16, 2, 0.5)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line(store, stopped, tmp_path):
+    flags = ["--steps", 30, *TINY, "--lr", 1e30]
+    line = stopped("pretrain.py", store / "hash-6.csv", tmp_path / "run", *flags)
+    assert "the loss is nan at step" in line and "lower --lr" in line
+    assert not (tmp_path / "run" / "encoder.pt").exists()
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--precision", "bfloat16", "--size", 16], "--precision: bfloat16 on a CPU needs more"),
+        (["--precision", "bfloat16", "--size", 16], "bfloat16 on a CPU needs --size above 16"),
         (["--mask-random"], "--mask-random needs --mask-negatives"),
-        (["--mask-negatives", 65], "must be 0 to 64 bits"),
-        (["--neighbours", 0], "--neighbours 0: must be at least 1"),
-        (["--seed", -1], "--seed -1: must be"),
-        (["--lr", -1], "--lr and --temperature must be above 0"),
-        (["--temperature", 0], "--lr and --temperature must be above 0"),
-        (["--warmup", 2], "--warmup 2.0: must be a share"),
-        (["--batch-size", 1], "a batch needs at least 2 slices"),
-        (["--batch-size", 8, "--loss-groups", 5], "for each of the 5 --loss-groups"),
+        (["--batch-size", 1], "a batch needs 2 for each of 1"),
+        (["--batch-size", 8, "--loss-groups", 5], "2 for each of 5 --loss-groups"),
         (["--mask-negatives", 6, "--mask-random", "--loss-groups", 2], "go with --loss-groups"),
     ],
 )
@@ -160,14 +206,15 @@ def test_wrong_flags_get_one_line(store, stopped, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_refused(store, monkeypatch, tmp_path):
-    command = ["pretrain.py", store / "hash-6.csv", tmp_path / "run", "--batch-size", 4]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    args, selection = pretrain.parse_args(), pretrain.read_selection(store / "hash-6.csv")
+def test_processes_are_those_of_torchrun_and_no_more_than_a_batch_has_slices(store, monkeypatch):
+    """A cluster's WORLD_SIZE would make a run wait for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
     cpu = torch.device("cpu")
-    assert pretrain.describe(args, selection, cpu, 2)["processes"] == 2
-    with pytest.raises(SystemExit, match="1 for each of the 8 processes"):
-        pretrain.describe(args, selection, cpu, 8)
+    assert pretrain.join_processes(cpu) == (0, 1)
+    args = parsed(monkeypatch, store / "hash-6.csv", "run", "--batch-size", 4)
+    with pytest.raises(SystemExit, match="1 for each of 8 processes"):
+        pretrain.describe(args, pretrain.read_selection(args.selection), cpu, 8)
 
 
 def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):
@@ -179,28 +226,7 @@ def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):
         (run / "checkpoint.pt").write_bytes(content)
         assert "damaged" in stopped(*command)
         assert (run / "checkpoint.pt").read_bytes() == content
-    torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), run / "encoder.pt")
-    for content in ("", "{", json.dumps({"settings": 3})):
+    (run / "encoder.pt").touch()
+    for content in ("", "{", "{\n", json.dumps({"settings": 3}) + "\n"):
         (run / "log.jsonl").write_text(content)
         assert "delete" in stopped(*command)
-
-
-def test_ctrl_c_ends_with_one_line(store, tmp_path):
-    run = tmp_path / "run"
-    command = ["pretrain.py", store / "hash-6.csv", run, "--epochs", 9999, *TINY]
-    # a shell's background jobs start with it ignored
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heeds,
-    )
-    while not (run / "log.jsonl").exists():
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert stderr.splitlines()[-1].startswith("stopped:") and "Traceback" not in stderr
-    assert not list(run.glob("*.unfinished")) and not (run / ".lock").exists()

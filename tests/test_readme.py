@@ -1,14 +1,18 @@
-"""Every command of the README's section on your own CT, run in its order, tiny."""
+"""The README: its commands are run, tiny; its numbers and defaults are those of the scripts."""
 
+import re
 import shlex
-from pathlib import Path
+import sys
 
-from conftest import write_covid_ct
+import torch
+import torchvision
+from conftest import ROOT, write_covid_ct
 
+import evaluate
+import pretrain
 from common import toy
-from common.study import study
 
-ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 TINY = {  # appended to a command, where the last of two flags counts
     "reduce.py": ["--size", "32"],
     "pretrain.py": "--epochs 1 --arch resnet18 --size 32 --batch-size 8".split(),
@@ -18,7 +22,7 @@ TINY = {  # appended to a command, where the last of two flags counts
 
 def commands(heading):
     """The indented commands below a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -31,33 +35,60 @@ def test_the_commands_of_the_readme(tmp_path, here, monkeypatch):
     assert len(found) >= 7
     for python, script, *arguments in found:
         assert python == ".venv/bin/python"
-        subcommand = arguments[0] in ("compare", "tables", "figure")
-        tiny = [] if subcommand else TINY[script]
+        tiny = [] if arguments[0] in ("tables", "figure") else TINY[script]
         here(script, *arguments, *tiny)
     assert (tmp_path / "figure.svg").exists()
 
-
-def rows_below(text, heading):
-    """{row: {column: cell}} of the first Markdown table below a heading."""
-    lines = text.split(heading)[1].split("\n## ")[0].splitlines()
-    first, _, *rest = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    head = [cell.strip() for cell in first]
-    return {cells[0].strip(): dict(zip(head, map(str.strip, cells))) for cells in rest}
-
-
-def test_the_table_of_the_study_is_what_its_command_prints():
-    shown = rows_below((ROOT / "README.md").read_text(), "Printed by `.venv/bin/python evaluate.py")
-    printed = rows_below(study(ROOT / "results" / "study" / "results.csv"), "## All rows")
-    columns = {"organ, 1 % of labels": "organ 1 %", "organ, 100 %": "organ 100 %"}
-    columns["organ 1 %: difference to ALL"] = "difference to ALL"
-    assert len(shown) == 14
-    for row, cells in shown.items():
-        for column, cell in cells.items():
-            full = printed[row][columns.get(column, column)]
-            assert cell and full.startswith(cell), (row, column)
+    # how to load an encoder, word for word but for the tiny network
+    loading = re.search(r"`(network = torchvision.*?)`", README, re.DOTALL)[1]
+    code = " ".join(loading.split()).replace("resnet50", "resnet18")
+    names = {"torch": torch, "torchvision": torchvision}
+    exec(code, names)
+    assert names["network"](torch.zeros(2, 3, 32, 32)).shape == (2, 512)
 
 
 def test_the_commands_of_run_it_are_those_of_reproduce(run):
     usage = run("reproduce.sh", "--help", program="bash").stdout.splitlines()
     for command in commands("Run it"):
         assert any(line.startswith(" ".join(command) + "  ") for line in usage)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_the_table_of_the_study_is_an_excerpt_of_what_its_command_prints(run):
+    command = re.search(r"`\.venv/bin/python (\S+analysis\.py \S+)`", README)[1]
+    printed = run(*command.split()).stdout
+    lines = [cells(line) for line in README.splitlines() if line.startswith("| ")]
+    [head] = [line for line in lines if line[0] == "row"]
+    shown = lines[lines.index(head) + 1 :][:7]
+    printed = [cells(line) for line in printed.splitlines() if line.startswith("| ")]
+    [full_head] = [line for line in printed if line[:2] == ["row", "slices"]]
+    for line in shown:
+        alike = [other for other in printed if (other[0], len(other)) == (line[0], len(full_head))]
+        full = dict(zip(full_head, alike[0], strict=True))
+        for column, cell in zip(head, line, strict=True):
+            assert cell and full[column].startswith(cell), (line[0], column)
+    assert len(shown) == 7
+
+
+def test_the_settings_are_those_of_the_scripts(monkeypatch):
+    for setting, expected in {
+        "optimiser": ["LARS", "decay 1e-6", "batch 128"],
+        "length": ["800 epochs"],
+        "rate": ["peak 0.15", "warm-up 1/80"],
+        "views": ["2 of 96 px"],
+        "fine-tuning": ["70 epochs", "for 10;", "Adam", "decay 5e-4"],
+    }.items():
+        [line] = [line for line in README.splitlines() if line.startswith(f"| {setting} |")]
+        assert all(words in cells(line)[1] for words in expected), line
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "selection.csv", "run"])
+    ours = pretrain.parse_args()
+    assert (ours.optimizer, ours.weight_decay, ours.batch_size) == ("lars", 1e-6, 128)
+    assert (ours.epochs, ours.lr, ours.warmup, ours.size) == (800, 0.15, 1 / 80, 96)
+    flags = ["evaluate.py", "covid-ct", "data", "--encoder", "scratch", "--results", "r.csv"]
+    monkeypatch.setattr(sys, "argv", flags)
+    theirs = evaluate.parse_args()
+    assert (theirs.epochs, theirs.freeze_epochs, theirs.weight_decay) == (70, 10, 5e-4)
+    assert (theirs.size, theirs.batch_size, theirs.arch) == (224, 64, "resnet50")

@@ -1,6 +1,5 @@
 """reduce.py, tiny, on toy CT: the files it writes, every strategy's rule, budgets, wrong flags."""
 
-import csv
 import json
 import shutil
 
@@ -10,21 +9,21 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from test_store import make_store, table
 
 import reduce
-from common import ct, reduction, similarity, toy
+from common import pictures, reduction, similarity
 from common.encoder import load_encoder
+from common.reduction import STRATEGIES, Strategy
+from common.store import read_selection
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, run):
-    """ct/: a toy cohort of 3 patients with one file cut short; store/: its hash-6 selection."""
+def store(tmp_path_factory, run):
+    """With hash-6; DATA lies beside it."""
     folder = tmp_path_factory.mktemp("made")
-    toy.write_cohort(folder / "ct", patients=3, slices=20)
-    cut = sorted((folder / "ct").rglob("*.dcm"))[5]
-    cut.write_bytes(cut.read_bytes()[:-500])
-    done = run("reduce.py", folder / "ct", folder / "store", "--strategy", "hash", "--size", 32)
-    return folder, cut, done.stdout
+    make_store(folder, run)
+    return folder / "store"
 
 
 @pytest.fixture(scope="module")
@@ -36,266 +35,337 @@ def encoder(tmp_path_factory):
 
 
 @pytest.fixture
-def selected(made, here):
+def selected(store, here):
     """selected(name, flags): what reduce.py, run in this process, wrote: (NAME.csv, NAME.json)."""
 
-    def call(name, *flags):
-        store = made[0] / "store"
-        here("reduce.py", made[0] / "ct", store, "--size", 32, "--workers", 1, *flags)
+    def call(name, flags, *more):
+        flags = ["--size", 32, "--workers", 1, "--strategy", *flags.split(), *more]
+        here("reduce.py", store.parent / "ct", store, *flags)
         return table(store / f"{name}.csv"), summary_of(store / f"{name}.json")
 
     return call
-
-
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def summary_of(path):
     return json.loads(path.read_text())
 
 
-def kept_rows(selection):
-    return [row for row, line in enumerate(selection) if line["kept"] == "1"]
+def kept_slices(selection):
+    return [i for i, line in enumerate(selection) if line["kept"] == "1"]
 
 
-def rows_by_volume(store):
+def slices_by_volume(store):
     volumes = {}
-    for row, line in enumerate(table(store / "slices.csv")):
-        volumes.setdefault(line["volume"], []).append(row)
-    return volumes
+    for i, line in enumerate(table(store / "slices.csv")):
+        volumes.setdefault(line["volume"], []).append(i)
+    return list(volumes.values())
 
 
 def hashes_of(store):
-    return np.array([int(line["dhash"], 16) for line in table(store / "slices.csv")], np.uint64)
+    return [imagehash.hex_to_hash(line["dhash"]) for line in table(store / "slices.csv")]
 
 
-def test_reduce_writes_the_contract(made):
-    folder, cut, stdout = made
-    store = folder / "store"
+def test_reduce_writes_the_contract(store):
     slices = np.load(store / "slices.npy")
-    rows = table(store / "slices.csv")
+    lines = table(store / "slices.csv")
     selection = table(store / "hash-6.csv")
-    files = list((folder / "ct").rglob("*.dcm"))
-    assert slices.shape == (len(files) - 1, 32, 32) and slices.dtype == np.uint8
-    assert list(rows[0]) == ["row", "volume", "position", "file", "dhash"]
+    assert slices.shape == (59, 32, 32) and slices.dtype == np.uint8
+    assert list(lines[0]) == ["row", "volume", "position", "file", "dhash"]
     assert list(selection[0]) == ["row", "kept", "representative", "similarity"]
-    assert len(rows) == len(selection) == len(slices)
     [skipped] = table(store / "skipped.csv")
-    assert skipped["file"] == cut.relative_to(folder / "ct").as_posix()
     assert "pixel data" in skipped["reason"]
-    assert "1 file skipped" in stdout
-    hashes = [imagehash.hex_to_hash(row["dhash"]) for row in rows]
-    for row, line in zip(rows, selection):
-        representative = int(line["representative"])
-        assert row["volume"] == rows[representative]["volume"]
+    hashes = hashes_of(store)
+    for i, (line, chosen) in enumerate(zip(lines, selection, strict=True)):
+        representative = int(chosen["representative"])
+        assert int(line["row"]) == int(chosen["row"]) == i
+        assert line["volume"] == lines[representative]["volume"]
         assert selection[representative]["kept"] == "1"
-        assert int(line["similarity"]) == hashes[int(row["row"])] - hashes[representative] <= 6
-        assert (line["kept"] == "1") == (representative == int(line["row"]))
-        pixels = ct.read_slice(folder / "ct" / row["file"])
-        assert row["dhash"] == str(imagehash.dhash(Image.fromarray(pixels)))
-    for members in rows_by_volume(store).values():
-        assert np.all(np.diff([float(rows[row]["position"]) for row in members]) > 0)
+        assert int(chosen["similarity"]) == hashes[i] - hashes[representative] <= 6
+        assert (chosen["kept"] == "1") == (representative == i)
+    for volume in slices_by_volume(store):
+        assert np.all(np.diff([float(lines[i]["position"]) for i in volume]) > 0)
     summary = summary_of(store / "hash-6.json")
-    assert summary["slices"] == len(slices)
-    assert summary["kept"] == len(kept_rows(selection))
-    assert set(reduce.CODE) == set(summary["code"])
+    assert summary["slices"] == 59 and summary["kept"] == len(kept_slices(selection))
+    assert {"reduce.py", "common/reduction.py", "common/ct.py"} <= summary["code"].keys()
+    assert "common/encoder.py" not in summary["code"], "it had no part in it"
     written = "".join(file.read_text() for file in store.glob("*.[cj]s*"))
-    patient = str(pydicom.dcmread(files[0]).PatientName)
+    patient = str(pydicom.dcmread(store.parent / "ct" / lines[0]["file"]).PatientName)
     assert patient and patient not in written
-    assert Image.open(store / "hash-6.png").width > 1000
 
 
 @pytest.mark.parametrize("strategy, threshold", [("ssim", 0.9), ("mi", 0.6), ("embedding", 0.999)])
-def test_similarity_strategies_keep_the_rule(made, run, encoder, strategy, threshold):
-    folder, store = made[0], made[0] / "store"
-    flags = ["--strategy", strategy, "--size", 32]
-    if strategy == "embedding":
-        flags += ["--encoder", encoder]
-    run("reduce.py", folder / "ct", store, *flags, "--threshold", threshold)
+def test_similarity_strategies_keep_the_rule(store, selected, encoder, strategy, threshold):
+    flags = f"{strategy} --encoder {encoder}" if strategy == "embedding" else strategy
+    selection, _ = selected(f"{strategy}-{threshold}", f"{flags} --threshold {threshold}")
     slices = np.load(store / "slices.npy")
-    selection = table(store / f"{strategy}-{threshold}.csv")
-    features = plain_features(encoder, slices)
-    for rows in rows_by_volume(store).values():
-        if strategy == "embedding":
-            compare = similarity.cosine(features[rows])
-        else:
-            compare = similarity.MEASURES[strategy](slices[rows])
-        kept = [i for i, row in enumerate(rows) if selection[row]["kept"] == "1"]
-        for i, row in enumerate(rows):
-            found = compare(i, kept)
-            first = next((k for k, value in zip(kept, found) if value >= threshold and k < i), i)
-            assert int(selection[row]["representative"]) == rows[first]
-            expected = compare(i, [first])[0]
-            assert float(selection[row]["similarity"]) == pytest.approx(expected, abs=1e-5)
-    assert 0 < len(kept_rows(selection)) < len(slices)
-    run("reduce.py", folder / "ct", store, *flags, "--keep", 0.25)
-    summary = summary_of(store / f"{strategy}-keep-0.25.json")
-    assert abs(summary["kept"] - 0.25 * summary["slices"]) <= 1
-    assert summary["settings"]["threshold"] < 1
+    for volume in slices_by_volume(store):
+        compare = measure(strategy, slices[volume], encoder)
+        kept = [k for k, i in enumerate(volume) if selection[i]["kept"] == "1"]
+        for k, i in enumerate(volume):
+            alike = dict(zip(kept, compare(k, kept), strict=True))
+            first = next((j for j in kept if j < k and alike[j] >= threshold), k)
+            assert int(selection[i]["representative"]) == volume[first]
+            [expected] = compare(k, [first])
+            assert float(selection[i]["similarity"]) == pytest.approx(expected, abs=1e-5)
+    assert 0 < len(kept_slices(selection)) < 59
+    _, summary = selected(f"{strategy}-keep-0.25", f"{flags} --keep 0.25 --workers 2")
+    assert abs(summary["kept"] - 0.25 * 59) <= 1
+    assert summary["settings"]["threshold"] is None and summary["threshold"] < 1
 
 
-def plain_features(encoder, slices):
+def measure(strategy, slices, encoder):
+    """compare(first, others) of a volume's slices."""
+    if strategy == "ssim":
+        return similarity.ssim(slices)
+    if strategy == "mi":
+        return similarity.mutual_information(slices)
     network = load_encoder(encoder, "resnet18", 0).eval()
     grey = (torch.from_numpy(slices).float() / 255 - 0.5) / 0.5
     with torch.inference_mode():
-        return network(grey[:, None].expand(-1, 3, -1, -1)).numpy()
+        features = network(grey[:, None].expand(-1, 3, -1, -1)).numpy()
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return lambda first, others: unit[others] @ unit[first]
 
 
-def test_features_are_made_again_when_the_code_was_edited(
-    made, selected, encoder, tmp_path, monkeypatch
-):
-    """An edited encoder.py must not select by the features of the old one."""
-    flags = ["--strategy", "embedding", "--encoder", encoder]
-    selected("embedding-0.997", *flags)
-    [features] = (made[0] / "store").glob("features-*.npy")
-    right = features.read_bytes()
-    wrong = bytearray(right)
-    wrong[-40:] = bytes(40)
-    features.write_bytes(wrong)
-    selected("embedding-0.997", *flags)
-    assert features.read_bytes() == wrong, "the same code reads them again"
-    monkeypatch.setattr(reduce, "code_digest", lambda *names: dict.fromkeys(names, "edited"))
-    _, summary = selected("embedding-0.997", *flags)
-    assert features.read_bytes() == right
-    assert "common/encoder.py" in summary["code"]
-
-
-def test_hash_to_a_budget_and_over_the_data_set(made, selected):
-    hashes = hashes_of(made[0] / "store")
-    kept = {t: len(set(reduction.select_hash(hashes, t))) for t in range(65)}
-    flags = ["--strategy", "hash", "--scope", "dataset", "--keep"]
-    for budget, target in ((0.3, 0.3 * len(hashes)), (17, 17)):
-        _, summary = selected(f"hash-keep-{budget}-dataset", *flags, budget)
-        closest = min(kept.values(), key=lambda count: abs(count - target))
-        assert summary["kept"] == kept[summary["settings"]["threshold"]] == closest
-
-
-def test_a_budget_is_a_share_up_to_1_and_a_number_of_slices_from_2(made, selected):
-    n = len(hashes_of(made[0] / "store"))
-    for strategy in ("random", "every-n"):
-        for budget, kept in (("7", 7), ("30", 30), ("0.5", round(n / 2)), ("1", n), ("1.0", n)):
-            name = f"{strategy}-keep-{budget.removesuffix('.0')}"
-            selection, summary = selected(name, "--strategy", strategy, "--keep", budget)
-            assert summary["kept"] == len(kept_rows(selection)) == kept
-            assert summary["settings"]["keep"] == float(budget)
-
-
-def test_random_every_n_and_redundant_keep_as_many_of_each_volume_as_another(made, selected):
-    store = made[0] / "store"
-    given = set(kept_rows(table(store / "hash-6.csv")))
-    kept = {}
-    for strategy in ("random", "every-n", "redundant"):
-        name = f"{strategy}-like-hash-6"
-        flags = ["--strategy", strategy, "--like", store / "hash-6.csv"]
-        selection, summary = selected(name, *flags)
-        kept[strategy] = kept_rows(selection)
-        for rows in rows_by_volume(store).values():
-            here = given.intersection(rows)
-            stay = np.intersect1d(kept[strategy], rows)
-            assert len(stay) == len(here)
-            for row in rows:
-                nearest = min(stay, key=lambda other: (abs(other - row), other))
-                assert int(selection[row]["representative"]) == nearest
-        assert summary["settings"]["like"] == "hash-6"
-    assert len({tuple(rows) for rows in kept.values()} | {tuple(sorted(given))}) == 4
-    flags = ["--strategy", "random", "--seed", 3, "--like", store / "hash-6.csv"]
-    seed_3, _ = selected("random-like-hash-6-seed-3", *flags)
-    assert len(kept_rows(seed_3)) == len(given) and kept_rows(seed_3) != kept["random"]
-
-
-def test_every_selection_says_its_dose(made, selected):
-    store = made[0] / "store"
+@pytest.mark.parametrize("budget", [0.3, 17])
+def test_hash_to_a_budget_and_over_the_data_set(store, selected, budget):
+    """The plain loop over all slices at once, at each of the 65 thresholds."""
     hashes = hashes_of(store)
-    volumes = np.empty(len(hashes), int)
-    for number, rows in enumerate(rows_by_volume(store).values()):
-        volumes[rows] = number
-    doses = {}
+    counts = []
+    for threshold in range(65):
+        kept = []
+        for image in hashes:
+            if all(image - other > threshold for other in kept):
+                kept.append(image)
+        counts.append(len(kept))
+    name = f"hash-keep-{budget}-dataset"
+    _, summary = selected(name, f"hash --scope dataset --keep {budget}")
+    target = budget if budget > 1 else budget * len(hashes)
+    assert summary["kept"] == min(counts, key=lambda count: abs(count - target))
+    assert summary["kept"] == counts[summary["threshold"]]
+
+
+@pytest.mark.parametrize("strategy", ["random", "every-n"])
+def test_a_budget_is_a_share_a_number_or_as_many_as_a_selection_keeps(store, selected, strategy):
+    as_hash = summary_of(store / "hash-6.json")["kept"]
+    budgets = {"7": 7, "0.5": 30, "1": 59, store / "hash-6.csv": as_hash}
+    for i, (budget, kept) in enumerate(budgets.items()):
+        name = f"{strategy}.b+c_d-{i}"
+        selection, summary = selected(name, f"{strategy} --name {name}", "--keep", budget)
+        assert summary["kept"] == len(kept_slices(selection)) == kept
+    assert summary["settings"]["keep"] == as_hash
+    _, summary = selected("redundant-keep-0.1", "redundant")
+    assert summary["kept"] == 6, "a tenth, where no budget is given"
+
+
+def test_random_every_n_and_redundant_keep_as_many_of_each_volume_as_another(store, selected):
+    given, _ = selected("uneven", "random --keep 20 --scope dataset --name uneven")
+    counts = [np.isin(kept_slices(given), volume).sum() for volume in slices_by_volume(store)]
+    assert len(set(counts)) > 1
+    different = {tuple(kept_slices(given))}
+    for strategy, seed in [("random", ""), ("every-n", ""), ("redundant", ""), ("random", 3)]:
+        name, flags = f"{strategy}-like-uneven", strategy
+        if seed:
+            name, flags = f"{name}-seed-{seed}", f"{flags} --seed {seed}"
+        selection, summary = selected(name, flags, "--like", store / "uneven.csv")
+        kept = kept_slices(selection)
+        assert [np.isin(kept, volume).sum() for volume in slices_by_volume(store)] == counts
+        assert summary["settings"]["like"] == "uneven"
+        different.add(tuple(kept))
+    assert len(different) == 5
+
+
+def test_a_finished_selection_stays_and_an_unfinished_one_is_made_again(store, here):
+    flags = [store.parent / "ct", store, "--size", 32, "--strategy", "random", "--keep", 0.4]
+    *files, sheet = [store / f"random-keep-0.4.{ending}" for ending in ("json", "csv", "png")]
+    printed = here("reduce.py", *flags)
+    before = [hash(file.read_bytes()) for file in (*files, sheet)]
+    sheet.unlink()
+    line = "random-keep-0.4: done before\n"
+    done_before = here("reduce.py", *flags)
+    assert line in done_before and done_before.replace(line, "") == printed
+    assert not sheet.exists(), "nothing is made"
+    for missing in files:
+        missing.unlink()
+        assert here("reduce.py", *flags) == printed
+        assert [hash(file.read_bytes()) for file in (*files, sheet)] == before, missing
+
+
+def test_a_selection_made_otherwise_is_refused(store, here, stopped, encoder, tmp_path):
+    data, store = store.parent / "ct", shutil.copytree(store, tmp_path / "store")
+    command = ["reduce.py", data, store, "--size", 32, "--name", "A", "--strategy"]
+
+    def refused(*flags):
+        line = stopped(*command, *flags)
+        assert "A.csv: was made otherwise (" in line and "give another --name" in line
+        return line
+
+    given = store / "hash-6.csv"
+    for budget in ("--like", "--keep"):
+        flags = ["random", budget, given]
+        here(*command, *flags)
+        assert "seed 0 -> 1" in refused(*flags, "--seed", 1)
+        before = given.read_text()
+        given.write_text(before.replace("\n1,0,0,", "\n1,0,0,1", 1))
+        assert "(given " in refused(*flags), "another selection of the same name"
+        given.write_text(before)
+        (store / "A.json").unlink()
+    here(*command, "embedding", "--encoder", encoder)
+    copy = shutil.copy(encoder, tmp_path / "copy.pt")
+    assert "done before" in here(*command, "embedding", "--encoder", copy)
+    torch.save(load_encoder("scratch", "resnet18", 1).state_dict(), copy)
+    assert "(encoder " in refused("embedding", "--encoder", copy)
+
+
+def test_every_selection_says_its_dose(store, selected):
+    """The near-duplicates by a plain double loop; one batch holds all that stay."""
+    hashes = hashes_of(store)
+    doses = []
     for strategy in ("hash", "random", "redundant"):
-        selection, summary = selected(f"{strategy}-keep-0.3", "--strategy", strategy, "--keep", 0.3)
-        kept = kept_rows(selection)
-        doses[strategy] = summary["dose"]
-        expected = reduction.expected_dose(hashes[kept], volumes[kept])
-        assert doses[strategy] == pytest.approx(expected, abs=1e-6)
-    assert doses["hash"] < doses["random"] < doses["redundant"]
+        selection, summary = selected(f"{strategy}-keep-0.3", f"{strategy} --keep 0.3")
+        kept = set(kept_slices(selection))
+        near = 0
+        for volume in slices_by_volume(store):
+            stay = kept.intersection(volume)
+            near += sum(hashes[a] - hashes[b] <= 6 for a in stay for b in stay - {a})
+        doses.append(summary["dose"])
+        assert doses[-1] == pytest.approx(near / len(kept), abs=1e-6)
+    assert doses[0] < doses[1] < doses[2]
     assert summary_of(store / "hash-6.json")["dose"] == 0
 
 
-def test_compare_prints_what_selections_share(made, selected, here, stopped, tmp_path):
-    store = made[0] / "store"
-    selected("all", "--strategy", "all")
-    _, summary = selected("every-n-3", "--strategy", "every-n", "--threshold", 3)
-    selected("every-n-6", "--strategy", "every-n", "--threshold", 6)
-    names = ["all", "every-n-3", "every-n-6"]
-    printed = here("reduce.py", "compare", *(store / f"{name}.csv" for name in names))
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
-    share = summary["kept"] / summary["slices"]
-    volume_shares = [volume["kept"] / volume["slices"] for volume in summary["volumes"].values()]
-    assert cells[3] == [
-        "every-n-3",
-        str(summary["kept"]),
-        f"{share:.1%}",
-        f"{min(volume_shares):.1%} to {max(volume_shares):.1%}",
-        f"{summary['dose']:.2f}",
-    ]
-    sets = [set(kept_rows(table(store / f"{name}.csv"))) for name in names]
-    assert cells[6] == ["Jaccard", *names]
-    for name, mine, row in zip(names, sets, cells[8:], strict=True):
-        assert row == [name, *(f"{len(mine & other) / len(mine | other):.2f}" for other in sets)]
-    shutil.copytree(store, tmp_path / "other")
-    for path, line in (("other/all.csv", "another store"), ("none.csv", "no such selection")):
-        assert line in stopped("reduce.py", "compare", store / "all.csv", tmp_path / path)
+# --- A strategy has one home: the table in reduction.py.
+
+
+def ends(group, threshold):
+    """A strategy by threshold, looking at hashes."""
+    stays = np.r_[:threshold, -threshold:0] % len(group.hashes)
+    return reduction.keep_count(lambda group, count: np.unique(stays), group, 0)
+
+
+def middle(group, count):
+    """A strategy by count."""
+    first = (len(group.hashes) - count) // 2
+    return np.arange(first, first + count)
+
+
+def brightness(slices):
+    """A similarity of pixels."""
+    means = slices.mean((1, 2)) / 255
+    return lambda first, others: 1 - np.abs(means[first] - means[others])
+
+
+@pytest.fixture
+def new_strategies(monkeypatch):
+    pixels = reduction.partial(reduction.by_pixels, brightness)
+    new = {
+        "ends": Strategy("T of each end stay", by_threshold=ends, thresholds=range(1, 11)),
+        "middle": Strategy("those in the middle stay", by_count=middle, over_dataset=True),
+        "brightness": Strategy("by mean", by_threshold=pixels, default=0.99, looks_at="pixels"),
+    }
+    for name, strategy in new.items():
+        monkeypatch.setitem(STRATEGIES, name, strategy)
+
+
+def test_a_new_strategy_follows_from_one_line_of_the_table(store, selected, new_strategies):
+    volumes = slices_by_volume(store)
+    for name, flags, threshold, kept in [
+        ("ends-2", "ends --threshold 2", 2, 12),
+        ("ends-5", "ends --threshold 5", 5, 30),
+        ("ends-keep-17", "ends --keep 17", 3, 18),
+        ("ends-keep-0.1", "ends", 1, 6),  # a tenth, where there is no default
+        ("middle-keep-0.1", "middle", None, 6),
+        ("middle-keep-10-dataset", "middle --keep 10 --scope dataset", None, 10),
+        ("brightness-0.99", "brightness", 0.99, pytest.approx(20, abs=15)),
+        ("brightness-keep-0.3", "brightness --keep 0.3", pytest.approx(1, abs=0.1), 18),
+    ]:
+        _, summary = selected(name, flags)
+        assert (summary["threshold"], summary["kept"]) == (threshold, kept), name
+    kept = kept_slices(table(store / "ends-2.csv"))
+    assert kept == [i for v in volumes for i in (v[0], v[1], v[-2], v[-1])]
+    assert kept_slices(table(store / "middle-keep-10-dataset.csv")) == list(range(24, 34))
+    like, _ = selected("middle-like-ends-5", "middle", "--like", store / "ends-5.csv")
+    assert kept_slices(like) == [i for v in volumes for i in v[len(v) // 2 - 5 :][:10]]
+    assert "ends        -       T of each end stay" in reduce.strategies_table()
 
 
 @pytest.mark.parametrize(
     "flags, line",
     [
-        (["--strategy", "ssim", "--scope", "dataset"], "--scope dataset is for"),
-        (["--strategy", "embedding"], "--encoder belong together"),
-        (["--strategy", "ssim", "--threshold", "nan"], "a similarity is between -1 and 1"),
-        (["--strategy", "mi", "--threshold", 5], "a similarity is between -1 and 1"),
-        (["--strategy", "random", "--seed", -1], "--seed -1: must be at least 0"),
-        (["--strategy", "hash", "--workers", 0], "--workers 0: must be at least 1"),
-        (["--strategy", "embedding", "--encoder", "nowhere.pt"], "no such file"),
-        (["--strategy", "embedding", "--encoder", "imagenet"], "cannot be downloaded"),
-        (["--strategy", "hash", "--threshold", 2.5], "whole number"),
-        (["--strategy", "every-n", "--threshold", 0], "whole number"),
-        (["--strategy", "mi", "--threshold", 0.5, "--keep", 0.1], "exclude each other"),
-        (["--strategy", "random", "--threshold", 3], "use --keep"),
-        (["--strategy", "all", "--keep", 0.5], "keeps every slice"),
-        (["--strategy", "hash", "--keep", 1.5], "not a share"),
-        (["--strategy", "hash", "--keep", 0], "not a share"),
-        (["--strategy", "random", "--keep", 2], "each of the 3 volumes keeps at least one"),
-        (["--strategy", "random", "--keep", 9999], "there are only"),
-        (["--strategy", "redundant", "--threshold", 3], "use --keep"),
-        (["--strategy", "redundant", "--scope", "dataset"], "within a volume"),
-        (["--strategy", "hash", "--like", "{store}/hash-6.csv"], "not for hash"),
-        (["--strategy", "random", "--like", "{store}/hash-6.csv", "--keep", 5], "exclude each"),
-        (["--strategy", "random", "--like", "{store}/hash-5.csv"], "no such selection"),
-        (["--strategy", "random", "--like", "{store}/../other/a.csv"], "another store"),
-        (["--strategy", "random", "--like", "{store}/empty.csv"], "keeps no slice of 2 volumes"),
-        (
-            ["--strategy", "random", "--like", "{store}/hash-6.csv", "--scope", "dataset"],
-            "does not go with --scope dataset",
-        ),
+        ("ends --threshold 11", "ends needs a whole number, 1 to 10"),
+        ("ends --scope dataset", "ends compares slices within a volume"),
+        ("ends --like {store}/hash-6.csv", "ends takes no --like"),
+        ("middle --threshold 3", "middle takes no --threshold"),
+        ("brightness --threshold 5", "a similarity is between -1 and 1"),
+        ("brightness --encoder imagenet", "brightness takes no --encoder"),
+        ("embedding", "needs --encoder"),
+        ("embedding --encoder nowhere.pt", "no such file"),
+        ("embedding --encoder imagenet", "ImageNet weights of resnet50"),
+        ("hash --threshold 2.5", "whole number, 0 to 64"),
+        ("all --keep 0.5", "takes no --keep"),
+        ("random --like {store}/hash-6.csv --scope dataset", "does not go with --scope dataset"),
+        ("hash --keep 1.5", "is not a share"),
+        ("hash --keep 0", "is not a share"),
+        ("random --keep 2", "must be 3 (one slice a volume) to"),
+        ("hash --keep 9999", "(all slices)"),
+        ("random --keep {store}/hash-5.csv", "no such selection"),
+        ("random --like {store}/none.csv", "no such selection"),
+        ("random --like {store}/empty.csv", "keeps no slice of 2 volumes"),
+        ("hash --window 40 0", "above 0 HU"),
+        ("hash --name slices", "slices is no name"),
+        ("hash --name a/b", "a/b is no name"),
     ],
 )
-def test_wrong_flags_of_reduce_get_one_line(made, stopped, tmp_path, monkeypatch, flags, line):
+def test_wrong_flags_of_reduce_get_one_line(
+    store, stopped, tmp_path, monkeypatch, new_strategies, flags, line
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
-    store = made[0] / "store"
-    write_selection_of_one_volume(store)
-    flags = [str(flag).format(store=store) for flag in flags]
-    assert line in stopped("reduce.py", made[0] / "ct", store, "--size", 32, *flags)
+    shutil.copy(store / "hash-6.json", store / "empty.json")
+    lines = [f"{i},{int(i == 0)},0,0" for i in range(59)]  # only slice 0 stays
+    header = "row,kept,representative,similarity"
+    (store / "empty.csv").write_text("\n".join([header, *lines]))
+    flags = flags.format(store=store).split()
+    assert line in stopped(
+        "reduce.py", store.parent / "ct", store, "--size", 32, "--strategy", *flags
+    )
 
 
-def write_selection_of_one_volume(store):
-    """store/empty.csv keeps slice 0 alone; other/a.csv lies elsewhere."""
-    summary = summary_of(store / "hash-6.json")
-    (store / "empty.json").write_text(json.dumps(summary))
-    lines = ["row,kept,representative,similarity"]
-    lines += [f"{row},{int(row == 0)},0,0" for row in range(summary["slices"])]
-    (store / "empty.csv").write_text("\n".join(lines))
-    (store / "../other").mkdir(exist_ok=True)
-    (store / "../other/a.csv").touch()
+# --- What shows a selection.
+
+
+def test_the_contact_sheet_shows_slices_that_stay(store, monkeypatch):
+    """Its words as they are drawn, its first slice as pixels."""
+    words = []
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda *drawn: words.append(drawn[2]))
+    monkeypatch.setattr(pictures, "MAX_VOLUMES", 2)
+    monkeypatch.setattr(pictures, "COLUMNS", 2)
+    store, kept, representative, _ = read_selection(store / "hash-6.csv")
+    sheet = np.asarray(pictures.contact_sheet("hash-6", store, representative))
+    assert words[0].startswith(f"hash-6: {len(kept)} of 59 slices kept, 2 of 3 volumes shown")
+    first = np.intersect1d(kept, store.volumes[0])
+    assert words[1] == f"patient-00: {len(first)} of 19 slices kept, 2 of {len(first)} shown"
+    stands_for = np.count_nonzero(representative == first[-1])
+    assert words[3] == f"slice {first[-1]}  x{stands_for}"
+    shown = Image.fromarray(store.slices[first[0]]).resize((110, 110), Image.Resampling.BILINEAR)
+    top = pictures.TITLE + pictures.GAP + pictures.TITLE
+    tile = sheet[top : top + 110, pictures.GAP : pictures.GAP + 110, 0]
+    assert np.array_equal(tile, shown)
+
+
+def test_agreement_prints_what_selections_share(store, selected, run, tmp_path):
+    names = ["all", "every-n-3"]
+    selected("all", "all")
+    selection, summary = selected("every-n-3", "every-n --threshold 3")
+    script = "results/study/agreement.py"
+    printed = run(script, *(store / f"{name}.csv" for name in names)).stdout
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    kept = len(kept_slices(selection))
+    shares = [volume["kept"] / volume["slices"] for volume in summary["volumes"].values()]
+    spread = f"{min(shares):.1%} to {max(shares):.1%}"
+    dose = f"{summary['dose']:.2f}"
+    assert cells[3] == ["every-n-3", str(kept), f"{kept / 59:.1%}", spread, dose]
+    assert [cells[5], cells[7]] == [["Jaccard", *names], ["all", "1.00", f"{kept / 59:.2f}"]]
+    shutil.copytree(store, tmp_path / "other")
+    refused = run(script, store / "all.csv", tmp_path / "other" / "all.csv", ok=False)
+    assert "several stores" in refused.stderr

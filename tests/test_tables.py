@@ -1,258 +1,311 @@
-"""The tables, recomputed from the saved scores with scikit-learn and a plain loop."""
+"""results.csv, and its tables recomputed from the scores with scikit-learn and a plain loop."""
+
+import json
+from multiprocessing import Pool
 
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from common import tables as tables_module
-from common.auc import bootstrap, sample_weights
-from common.results import COLUMNS, read_results, scores_folder, write_line
-from common.tables import tables, task_statistics
+from common import auc
+from common.auc import bootstrap, holm, sample_weights
+from common.tables import COLUMNS, add_line, made_by, p_text, read_results, read_tables, tables
 
 ROWS = {  # name: slices, steps, dose, how well its scores tell the classes
     "scratch": ("", "", "", 0.3),
     "ALL": (1000, 500, 1.7, 0.6),
     "Hash-6": (200, 100, 0.0, 0.9),
     "Random": (201, 101, 1.6, 0.6),
-    "Hash-6-steps": (199, 504, 0.0, 0.6),
     "Hash-3": (210, 520, 0.5, 0.6),
     "imagenet": ("", "", "", 0.8),
 }
+DRAFTS = """\
+scratch 0.737 0.737 0.678 0.678
+ALL 0.775 0.807 0.727 0.734
+EveryN 0.802 0.815 0.795 0.827
+SSIM 0.820 0.806 0.799 0.859
+MI 0.838 0.816 0.760 0.802
+Hash-3 0.819 0.813 0.799 0.790
+Hash-6 0.830 0.823 0.832 0.841
+Hash-12 0.812 0.811 0.768 0.798
+HashAll 0.817 0.826 0.787 0.868"""  # of the authors' charts: COVID-CT and brain, PET-CT and LIDC
 LABELS = np.r_[np.zeros(50, int), np.ones(30, int)]
 GROUPS = np.r_[np.arange(50), 50 + np.arange(30) // 2]  # the positives come in pairs
 
 
-def make(results, task, protocol, share="1", folds="", rows=ROWS, runs=3):
+def line_of(task="covid-ct", name="ALL", seed=0, auc=0.8, **cells):
+    slices, steps, dose, _ = ROWS[name]
+    encoder = name if name in ("scratch", "imagenet") else f"{name}-{seed}"
+    line = dict.fromkeys(COLUMNS, "1") | {"task": task, "name": name, "encoder": encoder}
+    line |= {"protocol": "linear", "seed": seed, "folds": "", "test": 80, "auc": f"{auc:.5f}"}
+    line |= {"slices": slices, "steps": steps, "dose": dose, "pretrain_seconds": steps}
+    if steps and seed == 2:  # so that the mean of three is 100 s more
+        line["pretrain_seconds"] = steps + 300
+    return line | {"settings": "size=64 c=0.01", "code": "evaluate.py=12 common/auc.py=34"} | cells
+
+
+def make(results, task, rows=ROWS, runs=3, **cells):
     """Lines of a task, one a run (imagenet: 2 of one run). {(name, seed): scores of class 1}."""
     rng = np.random.default_rng(0)
     made = {}
     for name in rows:
-        slices, steps, dose, signal = ROWS[name]
         for seed in range(2 if name == "imagenet" else runs):
-            p = rng.random(80) + signal * LABELS
-            p = np.round(p / p.max(), 2).astype(np.float32)
-            made[name, seed] = p
-            encoder = name if name in ("scratch", "imagenet") else f"{name}-{seed}"
-            line = dict.fromkeys(COLUMNS, "1") | {
-                "task": task,
-                "name": name,
-                "encoder": encoder,
-                "protocol": protocol,
-                "seed": seed,
-                "label_share": share,
-                "folds": folds,
-                "test": 80,
-                "slices": slices,
-                "steps": steps,
-                "dose": dose,
-                "pretrain_seconds": steps,
-                "settings": f"{protocol} as set",
-                "auc": f"{roc_auc_score(LABELS, p):.5f}",
-            }
-            write_line(results, line, np.arange(80), LABELS, GROUPS, np.stack([1 - p, p], 1))
+            p = rng.random(80) + ROWS[name][-1] * LABELS
+            made[name, seed] = p = np.round(p / p.max(), 2).astype(np.float32)
+            line = line_of(task, name, seed, roc_auc_score(LABELS, p), **cells)
+            add_line(results, line, np.arange(80), LABELS, GROUPS, np.stack([1 - p, p], 1))
     return made
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A results.csv with two variants: (its path, the scores of the first)."""
+    """A results.csv with two tables: (its path, the scores of the first)."""
     results = tmp_path_factory.mktemp("tables") / "results.csv"
-    scores = make(results, "covid-ct", "linear")
-    make(results, "organ", "linear", "0.01", "5x10", ["scratch", "ALL"], runs=2)
+    scores = make(results, "covid-ct")
+    make(results, "images", ["scratch", "Hash-6"], 2, label_share="0.01", folds="5x10")
     return results, scores
 
 
-def section(text, title):
-    """{row: its cells} of the table under a heading that starts so."""
-    parts = text.split(f"# {title}\n\n")[1].split("\n\n")
-    table = next(part for part in parts if part.startswith("| row"))
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    return {line[0]: line[1:] for line in lines if line[0] != "---"}
+def covid_ct(results):
+    return read_tables(results)["covid-ct", "linear", "1", ""]
+
+
+def cells_of(text, title):
+    """{row: {column: cell}} of the table under a heading."""
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if "|" in line]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
 
 
 def plain_draws(p):
     """AUC of resampled test sets, one after the other."""
-    found = []
+    aucs = []
     for counts in sample_weights(LABELS, GROUPS).T.astype(int):
-        rows = np.repeat(np.arange(80), counts)
-        above, below = p[rows[LABELS[rows] == 1]][:, None], p[rows[LABELS[rows] == 0]]
-        found.append(((above > below) + 0.5 * (above == below)).mean())
-    return np.array(found)
+        images = np.repeat(np.arange(80), counts)
+        above, below = p[images[LABELS[images] == 1]][:, None], p[images[LABELS[images] == 0]]
+        aucs.append(((above > below) + 0.5 * (above == below)).mean())
+    return np.array(aucs)
 
 
-def plain_estimate(scores, names, seeds=range(3)):
-    """(value, half the interval, p) of a row or of a difference, statement by statement."""
-    runs = {name: np.array([plain_draws(scores[name, seed]) for seed in seeds]) for name in names}
-    aucs = {name: [roc_auc_score(LABELS, scores[name, s]) for s in seeds] for name in names}
-    pooled = []
-    for name in ROWS:
-        if name != "imagenet":
-            pooled.append(np.var([roc_auc_score(LABELS, scores[name, s]) for s in seeds], ddof=1))
-    run_part = np.mean(pooled) * len(names) / 3
-    value = np.mean(aucs[names[0]])
-    draws = runs[names[0]].mean(0)
-    if len(names) == 2:
-        value -= np.mean(aucs[names[1]])
-        draws = draws - runs[names[1]].mean(0)
-    image_part = draws.var(ddof=1)
-    for name in names:  # the part of a run's images is in the run part already
-        image_part -= np.cov(runs[name] - runs[name].mean(0)).trace() / 2 / 3
-    error = (run_part + image_part) ** 0.5
-    freedom = error**4 / (run_part**2 / (2 * len(pooled)) + image_part**2 / 64)
-    return value, stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(value) / error, freedom)
-
-
-def test_auc_and_its_interval_are_those_of_a_plain_loop(made):
-    results, scores = made
-    found = section(tables(results), "linear")
-    for name in ("ALL", "scratch"):
-        aucs = [roc_auc_score(LABELS, scores[name, seed]) for seed in range(3)]
-        value, half, _ = plain_estimate(scores, [name])
-        expected = f"{value:.3f} ± {np.std(aucs, ddof=1):.3f} "
-        assert found[name][-1] == expected + f"[{value - half:.3f}, {value + half:.3f}]"
-    assert found["Hash-6"][-1].endswith(", 1.000]")  # where it would reach beyond
-
-
-def test_differences_are_those_of_a_plain_loop(made):
-    results, scores = made
-    text = tables(results)
-    found = section(text, "linear: difference to ALL")
-    for name in ("scratch", "Hash-6", "Hash-3"):
-        value, half, p = plain_estimate(scores, [name, "ALL"])
-        p = "p<0.001" if p < 0.001 else f"p={p:.3f}"
-        expected = f"{value:+.3f} [{value - half:+.3f}, {value + half:+.3f}] {p}, Holm p"
-        assert found[name][0].startswith(expected)
-    assert "Holm" in found["scratch"][0] and "(may be chance)" in found["Random"][0]
-    assert "(may be chance)" not in found["Hash-6"][0]
-    assert "for which Holm corrects: 5." in text  # imagenet has no p
-    other = section(tables(results, "random"), "linear: difference to Random")
-    value, half, _ = plain_estimate(scores, ["ALL", "Random"])
-    assert other["ALL"][0].startswith(f"{value:+.3f} [{value - half:+.3f}, {value + half:+.3f}]")
-    with pytest.raises(SystemExit, match="no row Nothing"):
-        tables(results, "Nothing")
-
-
-def test_one_run_has_no_p_and_no_spread(made):
-    """Two lines of one encoder are one run: their SD says nothing about pre-training."""
-    text = tables(made[0])
-    row, difference = (
-        section(text, f"linear{end}")["imagenet"][-1] for end in ("", ": difference to ALL")
-    )
-    assert "±" not in row and row.endswith("] images only")
-    assert (
-        difference.endswith("] images only, p needs 2 runs of both rows")
-        and "Holm" not in difference
-    )
-
-
-def test_the_power_sentence_says_what_80_percent_power_needs(made):
-    results, scores = made
-    needed = []
-    for name in ROWS:
-        if name not in ("ALL", "imagenet"):
-            value, half, _ = plain_estimate(scores, [name, "ALL"])
-            needed.append(half)
-    sentence = tables(results).split("covid-ct: ")[1].split("\n")[0]
-    shown = float(sentence.split("true difference of ")[1].split()[0])
-    # 80 % power asks for t(0.975) + t(0.8) standard errors, about 1.42 times half the interval
-    assert shown == pytest.approx(1.42 * np.median(needed), rel=0.02)
-
-
-def test_rows_within_1_percent_of_a_budget_or_of_the_steps_are_marked(made):
-    found = section(tables(made[0]), "linear")
-    assert {name: cells[2] for name, cells in found.items() if name != "row"} == {
-        "scratch": "-",
-        "ALL": "ALL's steps",
-        "Hash-6": "Hash-6's slices",
-        "Random": "Hash-6's slices",
-        "Hash-6-steps": "Hash-6's slices, ALL's steps",
-        "Hash-3": "-",
-        "imagenet": "-",
+@pytest.fixture(scope="module")
+def plain(made):
+    """plain(row, another or none): the t distribution of the row or difference, plainly."""
+    scores = {key: p for key, p in made[1].items() if key[0] != "imagenet"}
+    names = list(dict.fromkeys(name for name, _ in scores))
+    draws = {
+        name: np.array([plain_draws(scores[name, seed]) for seed in range(3)]) for name in names
     }
-    assert found["Random"][:6] == ["201", "101", "Hash-6's slices", "1.60", "101 s", "5.0 x"]
+    aucs = {n: [roc_auc_score(LABELS, scores[n, seed]) for seed in range(3)] for n in names}
+    between = np.mean([np.var(aucs[name], ddof=1) for name in names])
+
+    def call(*rows):
+        signs = dict(zip(rows, (1, -1), strict=False))
+        image_part = sum(signs[row] * draws[row].mean(0) for row in rows).var(ddof=1)
+        for row in rows:  # the part of a run's images is in the part of runs already
+            image_part -= np.cov(draws[row] - draws[row].mean(0)).trace() / 2 / 3
+        run_part, image_part = between * len(rows) / 3, max(image_part, 0)
+        error = (run_part + image_part) ** 0.5
+        freedom = error**4 / (run_part**2 / (2 * len(names)) + image_part**2 / 64)
+        return stats.t(freedom, sum(signs[row] * np.mean(aucs[row]) for row in rows), error)
+
+    return call
 
 
-def test_each_variant_has_its_tables_and_its_caveat_first(made):
-    text = tables(made[0])
-    title = "linear, 1 % of the training labels, 5 folds x 10 repeats"
-    found = section(text, title)
-    assert list(found) == ["row", "scratch", "ALL"]
-    assert (
-        found["row"][-1].startswith("organ (n=80, 65 groups") and "too narrow" in found["row"][-1]
-    )
-    part = text.split(f"## {title}\n")[1]
-    assert part.index("no new data") < part.index("| row")
-    assert "too narrow" in section(text, f"{title}: difference to ALL")["row"][0]
-    assert "unconfirmed" in text and "| Hash-6 | 0.830 |" in text
+def shown(estimate):
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(estimate.mean(), *estimate.interval(0.95))
 
 
-def test_tables_without_the_scores(tmp_path):
-    """The image part is kept; a changed line makes it anew; without either, the tables say so."""
-    results = tmp_path / "results.csv"
-    make(results, "covid-ct", "linear", rows=["ALL", "Hash-6"])
+def test_every_number_of_a_table_is_that_of_a_plain_loop(made, plain):
+    results, scores = made
     text = tables(results)
-    scores_folder(results).rename(tmp_path / "elsewhere")
-    assert tables(results) == text
-    results.write_text(results.read_text().replace("ALL-0", "ALL-9"))
-    runs_only = tables(results)
-    assert "no test scores" in runs_only and "no test scores" not in text
-    assert runs_only.index("no test scores") < runs_only.index("| row")
-    (tmp_path / "elsewhere").rename(scores_folder(results))
-    assert tables(results) == text
-    (scores_folder(results) / "covid-ct-ALL-linear-0.npz").unlink()
-    assert tables(results) == text  # the image part of these lines is known
-    results.write_text(results.read_text().replace("ALL-9", "ALL-8"))
-    with pytest.raises(SystemExit, match="missing or damaged"):
+    found = cells_of(text, "covid-ct, linear")
+    assert list(found) == list(ROWS)
+    others = ("scratch", "Hash-6", "Random", "Hash-3")  # imagenet has no p
+    for name in (*others, "ALL"):
+        cells, estimate = found[name], plain(name)
+        sd = np.std([roc_auc_score(LABELS, scores[name, seed]) for seed in range(3)], ddof=1)
+        low, high = estimate.interval(0.95)
+        interval = f"[{low:.3f}, {min(high, 1):.3f}]"
+        assert cells["AUC (n=80, 65 groups)"] == f"{estimate.mean():.3f} ± {sd:.3f} {interval}"
+        slices, steps, dose, _ = ROWS[name]
+        cost = [f"{slices}", f"{steps}", f"{dose:.2f}", f"{steps + 100}"] if slices else ["-"] * 4
+        assert [cells[key] for key in ("slices", "steps", "dose", "pretrain_seconds")] == cost
+        assert cells["runs"] == "3"
+    differences = [plain(name, "ALL") for name in others]
+    p_values = [2 * min(one.cdf(0), one.sf(0)) for one in differences]
+    for name, one, p, corrected in zip(others, differences, p_values, holm(p_values), strict=True):
+        cells = [found[name][key] for key in ("difference to ALL", "p", "Holm")]
+        assert cells == [shown(one), p_text(p), p_text(corrected)]
+    assert [p_text(p) for p in (0.0004, 0.0306)] == ["<0.001", "0.031"]
+    assert [found["ALL"][key] for key in ("difference to ALL", "p", "Holm")] == ["-"] * 3
+    assert "Holm corrects for the 4 p of this table" in text
+    # 80 % power asks for t(0.975) + t(0.8) standard errors, about 1.42 times half the interval
+    half = np.median([one.ppf(0.975) - one.mean() for one in differences])
+    assert float(text.split("true difference of ")[1].split()[0]) == pytest.approx(
+        1.42 * half, rel=0.02
+    )
+
+
+def test_another_baseline_and_none(made, plain):
+    found = cells_of(tables(made[0], "Random"), "covid-ct, linear")
+    assert found["ALL"]["difference to Random"] == shown(plain("ALL", "Random"))
+    title = "images, linear, 1 % of the training labels, 5 folds x 10 repeats"
+    text = tables(made[0])
+    assert "No difference: it takes a row ALL" in text.split(f"## {title}")[1]
+    found = cells_of(text, title)
+    assert list(found) == ["scratch", "Hash-6"] and "Holm" not in found["Hash-6"]
+
+
+def test_two_lines_of_one_encoder_are_one_run(made):
+    """Their SD says nothing about pre-training; each seed of scratch is a run of its own."""
+    imagenet = cells_of(tables(made[0]), "covid-ct, linear")["imagenet"]
+    assert imagenet["runs"] == "1" and "±" not in imagenet["AUC (n=80, 65 groups)"]
+    assert imagenet["difference to ALL"].endswith("] images only")
+    assert imagenet["p"] == imagenet["Holm"] == "-"
+    table = covid_ct(made[0])
+    aucs = [roc_auc_score(LABELS, made[1]["imagenet", seed]) for seed in (0, 1)]
+    assert table.aucs["imagenet"] == pytest.approx([np.mean(aucs)], abs=1e-5)
+    assert len(table.aucs["scratch"]) == 3
+    # their image part is that of the mean of both
+    draws = np.mean([plain_draws(made[1]["imagenet", seed]) for seed in (0, 1)], axis=0)
+    assert table.covariance[-1, -1] == pytest.approx(draws.var(ddof=1), rel=1e-3)
+
+
+def test_a_run_counts_once_however_many_lines_it_has(tmp_path):
+    """As in fine-tuning, where encoders take turns over the seeds: two lines of A, one of B."""
+    results = tmp_path / "results.csv"
+    for seed, (encoder, value, seconds) in enumerate(
+        [("A", 0.7, 100), ("B", 0.9, 400), ("A", 0.8, 100)]
+    ):
+        line = line_of(seed=seed, auc=value, encoder=encoder, pretrain_seconds=seconds)
+        add_line(results, line, np.arange(80), LABELS, GROUPS, np.full((80, 2), 0.5))
+    table = covid_ct(results)
+    assert table.aucs["ALL"] == pytest.approx([0.75, 0.9])
+    assert table.cost("ALL")["pretrain_seconds"] == 250 and table.cost("scratch") == {}
+
+
+def test_the_papers_numbers_stand_under_its_own_tasks_only(made, tmp_path):
+    for task in ("organ", "head-ct", "toy-lesion"):
+        make(tmp_path / "results.csv", task, ["ALL"], 2)
+    text = f"{tables(made[0])}\n\n{tables(tmp_path / 'results.csv')}"
+    assert text.count(": the paper's numbers") == 3 and "too narrow)" in text
+    for abstract in (
+        "AUC on COVID-CT, from the abstract: ALL 0.78, reduced 0.83.",
+        "OrganSMNIST, from the abstract: ALL 0.97, reduced 0.98",
+        "head-ct), from the abstract: ALL 0.73, reduced 0.83",
+    ):
+        assert text.count(abstract) == 1
+    covid, brain = (cells_of(text, f"{t}: the paper's numbers") for t in ("covid-ct", "head-ct"))
+    for line in DRAFTS.splitlines():
+        row, *aucs = line.split()
+        assert [*covid[row].values(), *brain[row].values()] == [row, *aucs[:2], row, *aucs[2:]]
+
+
+def test_the_last_line_of_a_key_counts_also_for_its_bootstrap(tmp_path):
+    results = tmp_path / "results.csv"
+    make(results, "covid-ct", ["ALL", "Hash-6"])
+    before = tables(results)
+    worse = np.stack([LABELS, 1 - LABELS], 1).astype(float)
+    add_line(results, line_of(auc=0.0), np.arange(80), LABELS, GROUPS, worse)
+    assert len(read_results(results)) == 6 and len(results.read_text().splitlines()) == 1 + 7
+    table = covid_ct(results)
+    assert 0.0 in table.aucs["ALL"] and list(table.aucs) == ["ALL", "Hash-6"]
+    make(results, "covid-ct", ["ALL"])
+    assert tables(results) == before
+    for cells in ({}, {"folds": "5x2"}, {"label_share": "0.1"}, {"protocol": "finetune"}):
+        make(tmp_path / "more.csv", "covid-ct", ["ALL"], 1, **cells)
+    make(tmp_path / "more.csv", "organ", ["ALL", "Hash-6"], 2)
+    assert len(read_results(tmp_path / "more.csv")) == 4 + 4  # none replaces another
+    lines = results.read_text()
+    results.write_text(lines + "covid-ct,ALL,of a killed run")  # no end of line
+    assert tables(results) == before
+    results.write_text(lines + "covid-ct,ALL,of a killed run\n")
+    with pytest.raises(SystemExit, match="results.csv: damaged"):
         tables(results)
-    results.with_name("results-draws.jsonl").write_text("{")
+
+
+def test_without_the_draws_of_a_line_intervals_cover_runs_only(tmp_path):
+    results = tmp_path / "results.csv"
+    make(results, "covid-ct", ["ALL", "Hash-6"])
+    assert "cover runs only" not in tables(results)
+    results.write_text(results.read_text().replace("ALL-0", "ALL-9"))  # of another encoder
+    assert "cover runs only" in tables(results)
+    table = covid_ct(results)
+    expected = stats.ttest_ind(table.aucs["Hash-6"], table.aucs["ALL"])
+    assert table.estimate({"Hash-6": 1, "ALL": -1}).p == pytest.approx(expected.pvalue)
+    results.with_name("results-draws.jsonl").write_text("{\n")
     with pytest.raises(SystemExit, match="results-draws.jsonl: damaged"):
         tables(results)
 
 
-def test_samples_that_miss_a_class_do_not_count(tmp_path):
+def test_samples_and_folds_that_miss_a_class_do_not_count(tmp_path):
     """Both positives lie in groups of negatives, so that a sample may hold none."""
     results = tmp_path / "results.csv"
     labels = np.array([0, 0, 1, 0, 0, 1, 0, 0, 0, 0])
     groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
-    p = np.random.default_rng(0).random((10, 2)).astype(np.float32)
-    line = dict.fromkeys(COLUMNS, "1") | {"task": "covid-ct", "name": "ALL"}
-    write_line(results, line, np.arange(10), labels, groups, p)
-    draws = bootstrap(labels, p, sample_weights(labels, groups))
+    p = np.full((2, 10, 2), np.nan)
+    p[0], p[1, 6:] = np.random.default_rng(0).random((10, 2)), 0.5  # no positive in the second
+    add_line(results, line_of(), np.arange(10), labels, groups, p)
+    draws = bootstrap(labels, p[0].astype(np.float32), sample_weights(labels, groups))
     assert np.isnan(draws).any()
-    for _ in ("from the scores", "from results-draws.jsonl"):
-        found = task_statistics(results, read_results(results), "covid-ct")
-        assert found["covariance"][0, 0] == pytest.approx(np.nanvar(draws, ddof=1), rel=1e-3)
+    table = covid_ct(results)
+    assert table.covariance[0, 0] == pytest.approx(np.nanvar(draws, ddof=1), rel=1e-3)
+    record = json.loads(results.with_name("results-draws.jsonl").read_text())
+    assert record["parts"] == [round(1e5 * roc_auc_score(labels, p[0, :, 1])), None]
 
 
-def test_rows_of_other_settings_are_not_compared(tmp_path):
+@pytest.mark.parametrize("other", ["images", "labels", "groups"])
+def test_rows_of_other_images_or_settings_are_not_compared(tmp_path, other):
     results = tmp_path / "results.csv"
-    make(results, "covid-ct", "linear", rows=["ALL", "Hash-6"])
-    results.write_text(results.read_text().replace("as set", "size=32", 1))
-    with pytest.raises(SystemExit, match="ALL and ALL cannot be compared: linear size=32 is not"):
-        tables(results)
-
-
-def test_rows_tested_on_other_images_are_refused(tmp_path):
-    results = tmp_path / "results.csv"
-    made = make(results, "covid-ct", "linear", rows=["ALL", "Hash-6"])
-    line = read_results(results)[-1]
+    made = make(results, "covid-ct", ["ALL", "Hash-6"])
     p = made["Hash-6", 2]
-    write_line(results, line, np.arange(80) + 1, LABELS, GROUPS, np.stack([1 - p, p], 1))
-    with pytest.raises(SystemExit, match="Hash-6 seed 2 was not tested on the images of ALL"):
+    tested = {"images": np.arange(80), "labels": LABELS.copy(), "groups": GROUPS.copy()}
+    tested[other][0] += 1
+    line = line_of(name="Hash-6", seed=2, auc=roc_auc_score(LABELS, p))
+    add_line(results, line, *tested.values(), np.stack([1 - p, p], 1))
+    with pytest.raises(SystemExit, match="ALL seed 0 and Hash-6 seed 2 cannot be .*other test im"):
+        tables(results)
+    results.write_text(results.read_text().replace("size=64", "size=32", 1))
+    with pytest.raises(SystemExit, match="ALL seed 1 cannot be compared .size=32 c=0.01, size=64"):
         tables(results)
 
 
-def test_draws_that_another_table_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+def test_a_line_tells_what_made_it_and_keeps_its_scores(made):
+    first = read_results(made[0])[0]
+    assert made_by(first) == {
+        "settings": {"size": "64", "c": "0.01"},
+        "code": {"evaluate.py": "12", "common/auc.py": "34"},
+    }
+    # a line of an older version names no files, and must not pass for one of today's
+    assert made_by(first | {"code": "4de3c762"})["code"] == {"4de3c762": ""}
+    with np.load(made[0].with_name("results-scores") / "covid-ct-Hash-6-linear-2.npz") as scores:
+        assert np.array_equal(scores["probabilities"][:, 1], made[1]["Hash-6", 2])
+        assert np.array_equal(scores["labels"], LABELS) and scores["images"].size == 80
+    name = "images-scratch-linear-share-0.01-folds-5x10-1.npz"
+    assert (made[0].with_name("results-scores") / name).exists()
+
+
+def test_what_fails_leaves_no_line(tmp_path, monkeypatch):
+    """Scores, then draws, then the line: a line has all that its table needs."""
     results = tmp_path / "results.csv"
-    make(results, "covid-ct", "linear", rows=["scratch", "ALL"])
-    kept = tmp_path / "results-draws.jsonl"
-    make_record = tables_module.make_record
+    monkeypatch.setattr(auc, "bootstrap", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(results, "covid-ct", ["ALL"])
+    assert not results.exists()
+    results.write_text("task,name\n")
+    with pytest.raises(SystemExit, match="of another version"):
+        tables(results)
 
-    def make_another(results, line):
-        kept.write_text('{"line": "of another table"}\n')
-        return make_record(results, line)
 
-    monkeypatch.setattr(tables_module, "make_record", make_another)
-    tables(results)
-    assert len(kept.read_text().splitlines()) == 1 + 6 and "of another table" in kept.read_text()
+def add_lines(results, name):
+    for seed in range(8):
+        line = line_of(name=name, seed=seed)
+        add_line(results, line, np.arange(80), LABELS, GROUPS, np.full((80, 2), 0.5))
+
+
+def test_processes_that_add_lines_at_a_time_lose_none(tmp_path):
+    with Pool(2) as pool:
+        pool.starmap(add_lines, [(tmp_path / "results.csv", name) for name in ("ALL", "Hash-6")])
+    table = covid_ct(tmp_path / "results.csv")
+    assert [len(table.aucs[name]) for name in ("ALL", "Hash-6")] == [8, 8] and table.groups == 65

@@ -1,118 +1,207 @@
-"""The downstream data sets, in the layouts in which they are published, and what is refused by name."""
+"""The downstream sets: what is read, splits and folds, near-duplicates, what is refused."""
 
+import io
+
+import imagehash
 import numpy as np
 import pytest
+import torch
+from conftest import write_covid_ct
 from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
+from torchvision.transforms.v2.functional import resize
 
-from common.hashing import hamming
-from common.tasks import (
-    DUPLICATE_BITS,
-    Task,
-    checked,
-    checked_folds,
-    covid_ct_source,
-    duplicate_groups,
-    leaks,
-    load_task,
-    make_folds,
-    near_pairs,
-    split_of,
-)
+from common import tasks
+from common.hashing import SAME_IMAGE, hamming
+from common.tasks import Task, load_task, split_of
 
 
-def picture(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
+def picture(path, seed):
+    """Noise of its own at 40 x 30 pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 30), dtype=np.uint8)
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
 def covid(tmp_path):
-    rng = np.random.default_rng(0)
-    for kind in ("COVID", "NonCOVID"):
-        for part, n in (("train", 4), ("val", 2), ("test", 3)):
-            listing = tmp_path / "Data-split" / kind / f"{part}CT_{kind}.txt"
-            listing.parent.mkdir(parents=True, exist_ok=True)
-            listing.write_text("".join(f"{part} {i}.png\n" for i in range(n)))
-            for i in range(n):
-                picture(
-                    tmp_path / f"CT_{kind}" / f"{part} {i}.png",
-                    rng.integers(0, 256, (40, 30), dtype=np.uint8),
-                )
+    write_covid_ct(tmp_path, images=4)
     return tmp_path
 
 
 @pytest.fixture
 def head(tmp_path):
-    """40 heads, of which 28 and 29 are the same."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (40, 40, 30), dtype=np.uint8)
-    images[29] = images[28]
-    for i, image in enumerate(images):
-        picture(tmp_path / "head_ct" / f"{i:03d}.png", image)
-    (tmp_path / "labels.csv").write_text(
-        "id, hemorrhage\n" + "".join(f"{i},{int(i < 20)}\n" for i in range(40))
-    )
+    """40 heads, of which 28 and 29 are the same, with a haemorrhage in the first 20."""
+    lines = ["id, hemorrhage"]
+    for i in range(40):
+        picture(tmp_path / "head_ct" / f"{i:03d}.png", 28 if i == 29 else i)
+        lines.append(f"{i},{int(i < 20)}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     return tmp_path
 
 
 @pytest.fixture
-def organ():
-    """What an organ.npz holds."""
+def organ(tmp_path):
     rng = np.random.default_rng(0)
-    counts = {"train": 12, "val": 6, "test": 6}
-    images = {
-        f"{part}_images": rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        for part, n in counts.items()
-    }
-    return images | {
-        f"{part}_labels": np.arange(n, dtype=np.uint8)[:, None] % 3 for part, n in counts.items()
-    }
+    arrays = {}
+    for part, n in {"train": 12, "val": 6, "test": 6}.items():
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        arrays[f"{part}_labels"] = rng.permutation(np.arange(n, dtype=np.uint8) % 3)[:, None]
+    np.savez_compressed(tmp_path / "organ.npz", **arrays)
+    return tmp_path
 
 
-def test_covid_ct_has_its_published_split(covid):
+@pytest.fixture
+def images(tmp_path):
+    """36 images of three classes, two images a patient."""
+    lines = ["file,label,split,group,note"]
+    for i in range(36):
+        picture(tmp_path / "scans" / f"{i}.png", i)
+        label, part = [10, 9, 2][i % 3], ["train", "val", "test"][i // 12]
+        lines.append(f"scans/{i}.png,{label},{part},patient {i // 2},")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def holds(task, i, file, label, part):
+    """Whether image i of the task is this file, with its hash, class and part of the split."""
+    original = np.array(Image.open(file))
+    expected = resize(torch.from_numpy(original)[None], task.images.shape[1:], antialias=True)[0]
+    assert np.abs(task.images[i] - expected.numpy().astype(int)).max() <= 1  # official code's
+    assert f"{task.hashes[i]:016x}" == str(imagehash.dhash(Image.open(file)))
+    assert task.classes[task.labels[i]] == label and i in split_of(task)[part]
+
+
+def test_covid_ct(covid):
+    """Its published split; class 1 is COVID; each image is a paper of its own here."""
     task = load_task("covid-ct", covid, 24)
-    sizes = {part: len(rows) for part, rows in split_of(task).items()}
-    assert sizes == {"train": 8, "val": 4, "test": 6}
-    assert task.images.shape == (18, 24, 24) and task.labels.sum() == 9 and task.vertical_flip
-    assert task.names[0] == "CT_NonCOVID/train 0.png" and task.names[-1] == "CT_COVID/test 2.png"
+    for i, image in enumerate(tasks.list_covid_ct(covid)):
+        holds(task, i, image.file, image.label, image.split)
+        assert (image.label == "1") == (image.file.parent.name == "CT_COVID")
+        assert image.file.name.startswith(image.split)
+    assert [len(of) for of in split_of(task).values()] == [8, 8, 8] and len(set(task.groups)) == 24
+    assert (task.mean, task.std, task.vertical_flip) == (0.56, 0.2907, True)  # official code
 
 
-def test_a_head_seen_twice_stays_on_one_side_of_every_split(head):
+def test_head_ct(head):
     task = load_task("head-ct", head, 24)
-    assert near_pairs(task.hashes) == [(28, 29, 0)] and task.names[28] == "head_ct/028.png"
+    for i in (0, 19, 20, 39):
+        [part] = [part for part, of in split_of(task).items() if i in of]
+        holds(task, i, head / "head_ct" / f"{i:03d}.png", str(int(i < 20)), part)
+    assert (task.mean, task.std, task.vertical_flip) == (0.5, 0.5, False)
     assert task.groups[28] == task.groups[29] and len(set(task.groups)) == 39
-    for seed in range(20):
-        folds = make_folds(task, 5, seed)
-        assert sorted(np.concatenate(folds)) == list(range(40))
-        assert any({28, 29} <= set(rows) for rows in folds)
-        assert all(3 <= task.labels[rows].sum() <= 5 for rows in folds)
-    assert any(
-        not np.array_equal(make_folds(task, 5, 0)[0], make_folds(task, 5, seed)[0])
-        for seed in range(1, 5)
-    )
-    split = split_of(task)
-    assert sorted(np.concatenate(list(split.values()))) == list(range(40))
-    assert any({28, 29} <= set(rows) for rows in split.values())
-    assert all(4 <= task.labels[split[part]].sum() <= 12 for part in split)
 
 
-def made_task(labels, groups):
+def test_organ(organ):
+    task = load_task("organ", organ, 28)
+    arrays = np.load(organ / "organ.npz")
+    for part, of in split_of(task).items():
+        assert np.array_equal(task.images[of], arrays[f"{part}_images"])
+        assert np.array_equal(task.labels[of], arrays[f"{part}_labels"].ravel())
+    assert (task.mean, task.std, task.vertical_flip) == (0.5, 0.5, False)
+    assert task.classes == ["0", "1", "2"] and len(set(task.groups)) == 24
+    assert load_task("organ", organ / "organ.npz", 28).digest == task.digest
+
+
+def test_any_folder_with_labels_is_a_task(images):
+    task = load_task("images", images, 16)
+    for i in (0, 5, 13, 35):
+        label = ["10", "9", "2"][i % 3]
+        holds(task, i, images / "scans" / f"{i}.png", label, ["train", "val", "test"][i // 12])
+    assert task.classes == ["2", "9", "10"]  # numbers as numbers
+    assert len(set(task.groups)) == 18 and (task.groups[::2] == task.groups[1::2]).all()
+    darker = np.array(Image.open(images / "scans" / "3.png")) // 2
+    Image.fromarray(darker).save(images / "scans" / "7.png")
+    labels = images / "labels.csv"
+    lines = labels.read_text().replace(",9,", ",benign,").splitlines()
+    labels.write_text("\n".join(line.rsplit(",", 3)[0] for line in lines))
+    task = load_task("images", images, 16)  # without groups and a split
+    assert task.classes == ["10", "2", "benign"] and task.split is None
+    assert task.groups[3] == task.groups[7] and len(set(task.groups)) == 35
+    assert sorted(np.concatenate(list(split_of(task).values()))) == list(range(36))
+
+
+def test_the_source_of_a_covid_ct_image_and_runs_of_numbers(covid):
+    sources = {
+        "2020.03.01.20029769-p21-73_1%0.png": "2020.03.01.20029769",
+        "2019-novel-dist_2020_Int-Jour-p3-89%0.png": "2019-novel-dist_2020_Int-Jour",
+        "kjr-21-e24-p2-8.png": "kjr-21-e24",
+        "PIIS0140673620301549_0%1.png": "PIIS0140673620301549.png",
+        "39%8.jpg": "39.jpg",
+        "12.jpg": "12.jpg",
+    }
+    assert {name: tasks.covid_ct_source(name) for name in sources} == sources
+    names = ["7.png", "8.png", "9.png", "11.png", "8.jpg", "8%1.jpg"]
+    (covid / "Data-split" / "NonCOVID" / "trainCT_NonCOVID.txt").write_text("\n".join(names))
+    groups = {image.file.name: image.group for image in tasks.list_covid_ct(covid)}
+    of = [groups[name] for name in names]
+    assert of[0] == of[1] == of[2] and of[4] == of[5] and len(set(of)) == 3
+
+
+def blank_task(labels, groups, split=None):
     """A Task of blank images, all that a split depends on."""
-    n = len(labels)
-    images = np.zeros((n, 8, 8), np.uint8)
-    classes = [str(label) for label in np.unique(labels)]
-    return Task(images, np.array(labels), classes, None, np.array(groups), [], np.zeros(n, int))
+    labels, hashes = np.array(labels), np.arange(len(labels), dtype=np.uint64)
+    blank = np.zeros((len(labels), 8, 8), np.uint8)
+    return Task(blank, labels, [*map(str, np.unique(labels))], split, np.array(groups), hashes)
 
 
 def test_a_group_of_two_classes_stays_on_one_side():
     rng = np.random.default_rng(0)
     labels, groups = rng.integers(0, 3, 120), np.repeat(np.arange(40), 3)
     assert sum(len(set(labels[groups == group])) > 1 for group in range(40)) > 20
-    task = checked(made_task(labels, groups), "labels.csv")
-    for parts in (split_of(task).values(), make_folds(task, 5, 1)):
-        sides = [set(groups[rows]) for rows in parts]
-        assert sum(map(len, sides)) == 40  # no group on two sides
-        assert all(set(labels[rows]) == {0, 1, 2} for rows in parts)
+    task = blank_task(labels, groups)
+    for parts in (split_of(task).values(), tasks.make_folds(task, 5, 1)):
+        assert sum(len(set(groups[part])) for part in parts) == 40  # no group on two sides
+        assert sorted(np.concatenate(list(parts))) == list(range(120))
+        for part in parts:  # stratified
+            shares = np.bincount(labels[part], minlength=3) / len(part)
+            assert np.abs(shares - np.bincount(labels) / 120).max() < 0.1
+    for seed, folds in enumerate(tasks.checked_folds(task, 5, 3)):
+        reference = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        for fold, (_, test) in zip(folds, reference.split(labels, labels, groups), strict=True):
+            assert np.array_equal(fold, test)
+
+
+def test_a_large_group_is_for_training():
+    """Even 1,407 images that are all alike leave enough to validate and to test."""
+    task = blank_task(np.arange(2481) % 2, np.r_[np.zeros(1407, int), 1 + np.arange(1074)])
+    train, val, test = split_of(task).values()
+    assert set(range(1407)) <= set(train) and min(len(val), len(test)) > 200
+
+
+def test_too_few_of_a_class_are_refused_before_anything_is_trained():
+    few = blank_task([0] * 50 + [1] * 4, np.arange(54))
+    one_patient = blank_task([0] * 50 + [1] * 20, [*range(50), *[99] * 20])
+    for task, holds in ((few, "4 images of 4 groups"), (one_patient, "20 images of 1 groups")):
+        originals = list(task.images)
+        with pytest.raises(SystemExit, match=f"labels.csv: class 1 .{holds}. has . in (all|val)"):
+            tasks.make_task("labels.csv", originals, task.labels, [""], 1 + task.groups, 8)
+        with pytest.raises(SystemExit, match=f"--folds 5 are too many: class 1 .{holds}. has"):
+            tasks.checked_folds(task, 5, 1)
+    assert [len(repeat) for repeat in tasks.checked_folds(few, 4, 3)] == [4, 4, 4]
+
+
+def test_a_draw_of_labels_is_a_share_of_each_class():
+    labels = np.repeat([0, 1, 2], [200, 40, 3])
+    task, train = blank_task(labels, labels), np.arange(1, 243)
+    draws = [tasks.draw_labels(task, train, 0.1, draw).tolist() for draw in (0, 1, 2, 3, 3)]
+    for drawn in draws:
+        assert np.bincount(labels[drawn]).tolist() == [20, 4, 1] and set(drawn) <= set(train)
+        assert len(set(drawn)) == 25
+    assert len(set(map(tuple, draws))) == 4 and draws[3] == draws[4]  # for every encoder
+
+
+def test_the_digest_changes_with_all_that_decides():
+    task = blank_task([0, 1] * 6, range(12), np.repeat(["train", "val", "test"], 4))
+    others = {"mean": 0.4, "std": 0.4, "vertical_flip": True, "images": task.images + 1}
+    others |= {"groups": task.groups // 2}
+    others |= {name: getattr(task, name)[::-1].copy() for name in ("labels", "split")}
+    digests = {task._replace(**{name: value}).digest for name, value in others.items()}
+    assert len({task.digest, *digests}) == 8
+
+
+def flip_bits(value, bits):
+    return value ^ np.uint64(sum(1 << int(bit) for bit in bits))
 
 
 def test_a_chain_of_near_duplicates_does_not_swallow_the_set():
@@ -120,286 +209,89 @@ def test_a_chain_of_near_duplicates_does_not_swallow_the_set():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 2481, np.uint64)
     for i in range(1, 1407):
-        flipped = rng.choice(64, 2, replace=False)
-        hashes[i] = hashes[i - 1] ^ np.uint64(sum(1 << int(bit) for bit in flipped))
-    bits = hamming(hashes[:1407, None], hashes[:1407])
-    assert (np.diag(bits, 1) <= DUPLICATE_BITS).all()  # one chain
-    groups = duplicate_groups(hashes)
+        hashes[i] = flip_bits(hashes[i - 1], rng.choice(64, 2, replace=False))
+    groups = tasks.duplicate_groups(hashes)
     for group in np.unique(groups):
         members = hashes[groups == group]
-        assert hamming(members[:, None], members).max() <= DUPLICATE_BITS
-    assert np.bincount(groups).max() < 20
+        assert hamming(members[:, None], members).max() <= SAME_IMAGE
+    assert np.bincount(groups).max() < 20 and len(set(groups[:1407])) < 1000
     labels = rng.integers(0, 2, 2481)
-    task = checked(made_task(labels, groups), "labels.csv")
-    shares = {part: len(rows) / 2481 for part, rows in split_of(task).items()}
+    split = split_of(blank_task(labels, groups))
+    shares = {part: len(of) / 2481 for part, of in split.items()}
     assert shares == pytest.approx({"train": 0.6, "val": 0.2, "test": 0.2}, abs=0.02)
-    assert all(0.4 < labels[rows].mean() < 0.6 for rows in split_of(task).values())
+    assert all(0.4 < labels[of].mean() < 0.6 for of in split.values())
 
 
-def test_a_large_group_is_for_training():
-    """Even 1,407 images that are all alike leave enough to validate and to test."""
-    labels = np.arange(2481) % 2
-    task = checked(made_task(labels, np.r_[np.zeros(1407, int), 1 + np.arange(1074)]), "labels.csv")
-    split = split_of(task)
-    assert set(range(1407)) <= set(split["train"])
-    assert all(len(split[part]) > 200 for part in ("val", "test"))
+def test_leaks_are_test_images_within_4_bits_of_a_training_image(capsys):
+    hashes = np.random.default_rng(0).integers(0, 2**64, 30, np.uint64)
+    hashes[20] = hashes[5]
+    hashes[21] = flip_bits(hashes[6], range(4))
+    hashes[22] = flip_bits(hashes[7], range(5))  # too far
+    hashes[23] = hashes[15]  # like a validation image only
+    groups = np.arange(30)
+    groups[[20, 25, 26]] = [5, 3, 13]
+    task = blank_task([0, 1] * 15, groups, np.repeat(["train", "val", "test"], 10))
+    tasks.report("mine", task._replace(hashes=hashes), None)
+    printed = capsys.readouterr().out
+    assert "mine: 30 images, 27 groups, classes 0, 1\n" in printed
+    assert "2 of 10 test images have a near-duplicate" in printed and ", 3 are of a" in printed
 
 
-def test_a_split_without_a_class_is_refused_before_anything_is_trained():
-    few = made_task(np.r_[np.zeros(50, int), np.ones(4, int)], np.arange(54))
-    with pytest.raises(SystemExit, match="labels.csv: class 1 holds 4 images"):
-        checked(few, "labels.csv")
-    one_patient = made_task(np.r_[np.zeros(50, int), np.ones(20, int)], [*range(50), *[99] * 20])
-    with pytest.raises(SystemExit, match="split holds 0 images of class 1"):
-        checked(one_patient, "labels.csv")
-    with pytest.raises(SystemExit, match="class 1 holds only 4 images: use fewer folds"):
-        checked_folds(few, 5, 1)
-    with pytest.raises(SystemExit, match="class 1, whose images are of 1 groups"):
-        checked_folds(one_patient, 5, 1)
-    assert [len(repeat) for repeat in checked_folds(few, 4, 3)] == [4, 4, 4]
+def replace(old, new):
+    return lambda content: content.replace(old.encode(), new.encode(), 1)
 
 
-@pytest.mark.parametrize(
-    "name, source",
-    [
-        ("2020.03.01.20029769-p21-73_1%0.png", "2020.03.01.20029769"),
-        ("2020.03.22.20040782-p24-1533-4.png", "2020.03.22.20040782"),
-        (
-            "2019-novel-dist_2020_International-Jour-p3-89%0.png",
-            "2019-novel-dist_2020_International-Jour",
-        ),
-        ("kjr-21-e24-p2-8.png", "kjr-21-e24"),
-        ("PIIS0140673620301549_0%1.png", "PIIS0140673620301549.png"),
-        ("PIIS0140673620303603%8.png", "PIIS0140673620303603.png"),
-        ("39%8.jpg", "39.jpg"),
-        ("12.jpg", "12.jpg"),
-    ],
-)
-def test_the_source_of_a_covid_ct_image(name, source):
-    assert covid_ct_source(name) == source
+def array(key, change):
+    def edit(content):
+        arrays = dict(np.load(io.BytesIO(content)))
+        arrays[key] = change(arrays[key])
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
 
-
-def test_numbered_images_of_covid_ct_are_grouped_by_runs(covid):
-    names = ["7.png", "8.png", "9.png", "11.png", "8.jpg", "8%1.jpg"]
-    listing = covid / "Data-split" / "NonCOVID" / "trainCT_NonCOVID.txt"
-    listing.write_text("\n".join(names))
-    for name in names:
-        picture(covid / "CT_NonCOVID" / name, np.zeros((20, 20), np.uint8))
-    task = load_task("covid-ct", covid, 24)
-    group = dict(zip(task.names, task.groups))
-    groups = [group[f"CT_NonCOVID/{name}"] for name in names]
-    assert groups[0] == groups[1] == groups[2] and groups[4] == groups[5]
-    assert len(set(groups)) == 3
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder for the task images: 36 images, three classes, two images a patient."""
-    rng = np.random.default_rng(0)
-    lines = ["file,label,split,group"]
-    for i in range(36):
-        picture(tmp_path / "scans" / f"{i}.png", rng.integers(0, 256, (20, 30), dtype=np.uint8))
-        part = ["train", "val", "test"][i // 12]
-        lines.append(f"scans/{i}.png,{[10, 9, 2][i % 3]},{part},patient {i // 2}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-
-def without(folder, *columns):
-    """Take columns out of labels.csv."""
-    lines = [line.split(",") for line in (folder / "labels.csv").read_text().splitlines()]
-    stay = [i for i, name in enumerate(lines[0]) if name not in columns]
-    text = "".join(",".join(line[i] for i in stay) + "\n" for line in lines)
-    (folder / "labels.csv").write_text(text)
-
-
-def test_any_folder_with_labels_is_a_task(folder):
-    task = load_task("images", folder, 16)
-    assert task.classes == ["2", "9", "10"] and task.labels[:4].tolist() == [2, 1, 0, 2]
-    assert task.names[5] == "scans/5.png" and task.images.shape == (36, 16, 16)
-    sizes = {part: len(rows) for part, rows in split_of(task).items()}
-    assert sizes == {"train": 12, "val": 12, "test": 12}
-    assert len(set(task.groups)) == 18 and (task.groups[::2] == task.groups[1::2]).all()
-    (folder / "labels.csv").write_text(
-        (folder / "labels.csv").read_text().replace(",9,", ",benign,")
-    )
-    assert load_task("images", folder, 16).classes == ["10", "2", "benign"]
-
-
-def test_groups_and_split_of_images_are_optional(folder):
-    without(folder, "split", "group")
-    picture(folder / "scans" / "7.png", np.asarray(Image.open(folder / "scans" / "3.png")) // 2)
-    task = load_task("images", folder, 16)
-    assert task.split is None and task.groups[3] == task.groups[7]
-    assert len(set(task.groups)) == 35
-    assert sorted(np.concatenate(list(split_of(task).values()))) == list(range(36))
+    return edit
 
 
 @pytest.mark.parametrize(
-    "old, new, words",
+    "task, file, change, words",
     [
-        ("scans/5.png,2,", "scans/5.png,,", "labels.csv: line 7: label empty"),
-        ("train,patient 2", "dev,patient 2", "labels.csv: line 6: split 'dev' train, val or test"),
-        ("train,patient 2", ",patient 2", "labels.csv: line 6: split empty"),
-        ("patient 2", "", "labels.csv: line 6: group empty"),
-        ("scans/5.png", "scans/4.png", "labels.csv: line 7: scans/4.png line 6 already"),
-        ("scans/5.png", "scans/99.png", "labels.csv: line 7: scans/99.png"),
-        ("scans/5.png", "scans/5,5.png", "labels.csv: line 7: more cells quote"),
-        ("file,label", "image,label", "labels.csv: columns file label image"),
+        ("images", "labels.csv", replace("5.png,2,", "5.png,,"), "line 7 label ''"),
+        ("images", "labels.csv", replace("patient 2", ""), "line 6 group ''"),
+        ("images", "labels.csv", replace("scans/5", "scans,5"), "line 7 commas quotes"),
+        ("images", "labels.csv", replace("file,label", "image,label"), "line 2 image file label"),
+        ("images", "labels.csv", replace("file", '"file' + 200_000 * "x"), "labels.csv"),
+        ("images", "labels.csv", replace("train,patient 2", "dev,patient 2"), "'dev' train, val"),
+        ("images", "labels.csv", replace("scans/5", "scans/4"), "scans/4.png listed 2 times"),
+        ("images", "labels.csv", replace("scans/5", "scans/99"), "scans/99.png"),
+        ("head-ct", "labels.csv", replace("5,1\n", "5,2\n"), "class 2 1 images needed"),
+        ("head-ct", "labels.csv", replace("5,1\n", "99,1\n"), "099.png"),
+        ("head-ct", "labels.csv", lambda old: b"", "names no image"),
+        ("head-ct", "labels.csv", lambda old: b"\xff\xfe\x00junk", "labels.csv"),
+        ("head-ct", "labels.csv", lambda old: old.replace(b",1\n", b",0\n"), "class 0"),
+        ("head-ct", "007.png", lambda old: old[: len(old) // 2], "007.png"),
+        ("covid-ct", "valCT_COVID.txt", lambda old: b"val0-p0-1%0.png\n", "class 1 1 in val"),
+        ("covid-ct", "testCT_COVID.txt", replace("test0-p0", "train0-p0"), "listed 2 times"),
+        ("covid-ct", "testCT_COVID.txt", None, "0 files testCT_COVID.txt"),
+        ("organ", "organ.npz", lambda old: old[:-100], "organ.npz damaged"),
+        ("organ", "organ.npz", lambda old: old[:3000] + b"junk" + old[3004:], "organ.npz damaged"),
+        ("organ", "organ.npz", array("val_labels", lambda a: a + 0.5), "organ.npz val float"),
+        ("organ", "organ.npz", array("test_labels", lambda a: a[1:]), "test (6, 28, 28) (5, 1)"),
+        ("organ", "organ.npz", array("test_labels", lambda a: 0 * a), "class 1 0 in test"),
+        ("organ", "organ.npz", array("val_labels", lambda a: a.astype(object)), "damaged pickle"),
+        ("organ", "organ.npz", array("val_images", lambda a: a / 255), "organ.npz val float64"),
+        ("organ", "organ.npz", array("val_images", lambda a: a[..., None]), "val (6, 28, 28, 1)"),
     ],
 )
-def test_bad_labels_of_images_are_named(folder, old, new, words):
-    edit(folder / "labels.csv", old, new)
-    refused("images", folder, *words.split())
-
-
-def test_leaks_are_the_nearest_training_images(tmp_path, organ):
-    organ["train_images"][7] = organ["test_images"][2] // 2
-    organ["train_images"][8] = organ["train_images"][7]
-    organ["train_images"][8][:, :4] = 0  # alike, but less so
-    np.savez(tmp_path / "organ.npz", **organ)
-    task = load_task("organ", tmp_path, 24)
-    split = split_of(task)
-    found = leaks(task, split)
-    bits = {
-        (i, j): int(hamming(task.hashes[i], task.hashes[j]))
-        for i in split["test"]
-        for j in split["train"]
-    }
-    nearest = {i: min(split["train"], key=lambda j: bits[i, j]) for i in split["test"]}
-    assert found == [(i, j, bits[i, j]) for i, j in nearest.items() if bits[i, j] <= DUPLICATE_BITS]
-    assert [(task.names[i], task.names[j]) for i, j, _ in found] == [("test 2", "train 7")]
-
-
-def refused(name, data, *words):
+def test_a_bad_file_is_named(request, task, file, change, words):
+    data = request.getfixturevalue(task.replace("-ct", ""))
+    [path] = data.rglob(file)
+    before = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(before))
+        assert path.read_bytes() != before
     with pytest.raises(SystemExit) as caught:
-        load_task(name, data, 24)
+        load_task(task, data, 24)
     message = str(caught.value)
-    assert (
-        message.startswith(f"error: {data}")
-        and "\n" not in message
-        and all(word in message for word in words)
-    ), message
-
-
-def edit(file, old, new):
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new, 1))
-
-
-@pytest.mark.parametrize(
-    "old, new, words",
-    [
-        ("5,1\n", "5,2\n", "labels.csv: line 7: 5 2"),
-        ("5,1\n", "5,yes\n", "labels.csv: line 7: 5 yes"),
-        ("5,1\n", "5\n", "labels.csv: line 7: 5"),
-        ("5,1\n", "5,\n", "labels.csv: line 7: 5"),
-        ("5,1\n", "five,1\n", "labels.csv: line 7: five"),
-        ("5,1\n", "4,1\n", "labels.csv: line 7: 4 again"),
-        ("5,1\n", "99,1\n", "099.png"),
-        ("hemorrhage", "label", "labels.csv: columns hemorrhage id,label"),
-        (",1\n", ",0\n", None),
-    ],
-)
-def test_bad_labels_of_head_ct_are_named(head, old, new, words):
-    edit(head / "labels.csv", old, new)
-    if words is None:  # a class of fewer than the splits need
-        (head / "labels.csv").write_text((head / "labels.csv").read_text().replace(",1\n", ",0\n"))
-        words = "labels.csv: all images are of class 0"
-    refused("head-ct", head, *words.split())
-
-
-@pytest.mark.parametrize("content", [b"", b"id,hemorrhage\n", b"\xff\xfe\x00junk"])
-def test_a_labels_file_of_nothing_is_named(head, content):
-    (head / "labels.csv").write_bytes(content)
-    refused("head-ct", head, "labels.csv")
-
-
-@pytest.mark.parametrize("harm", ["cut short", "empty", "text", "missing"])
-def test_a_broken_image_is_named(head, harm):
-    file = head / "head_ct" / "007.png"
-    whole = file.read_bytes()
-    file.unlink()
-    if harm != "missing":
-        file.write_bytes(
-            {"cut short": whole[: len(whole) // 2], "empty": b"", "text": b"junk"}[harm]
-        )
-    refused("head-ct", head, "007.png")
-
-
-@pytest.mark.parametrize(
-    "file, text, words",
-    [
-        (
-            "COVID/trainCT_COVID.txt",
-            "train 0.png\ntrain 0.png\n",
-            "trainCT_COVID.txt: train 0.png already",
-        ),
-        (
-            "COVID/testCT_COVID.txt",
-            "train 0.png\n",
-            "testCT_COVID.txt: train 0.png trainCT_COVID.txt already",
-        ),
-        ("COVID/valCT_COVID.txt", "nowhere.png\n", "valCT_COVID.txt: nowhere.png"),
-        ("COVID/valCT_COVID.txt", "val 0.png\n", "the val split holds 1 images of class 1"),
-        ("COVID/valCT_COVID.txt", "\n", "valCT_COVID.txt: no image"),
-        ("COVID/valCT_COVID.txt", None, "valCT_COVID.txt"),
-    ],
-)
-def test_bad_split_files_of_covid_ct_are_named(covid, file, text, words):
-    listing = covid / "Data-split" / file
-    listing.unlink()
-    if text is not None:
-        listing.write_text(text)
-    refused("covid-ct", covid, *words.split())
-
-
-@pytest.mark.parametrize(
-    "key, change, words",
-    [
-        ("train_labels", lambda a: a.astype(int) - 1, "train_labels int64 not negative"),
-        ("val_labels", lambda a: a + 0.5, "val_labels float"),
-        ("val_labels", lambda a: np.where(a == 1, np.nan, a), "val_labels float"),
-        ("val_labels", lambda a: a.astype(str), "val_labels <U"),
-        ("test_labels", lambda a: a[1:], "test_labels [5, 1] 6 images"),
-        ("test_labels", lambda a: np.zeros_like(a), "test split 0 images of class 1"),
-        ("train_labels", lambda a: a.astype(object), "damaged"),
-        ("train_images", lambda a: a / 255, "train_images float64"),
-        ("train_images", lambda a: np.stack([a] * 3, -1), "train_images [12, 28, 28, 3]"),
-        ("val_images", lambda a: a[:0], "val_images [0, 28, 28]"),
-        ("val_images", None, "val_images"),
-    ],
-)
-def test_bad_arrays_of_an_npz_are_named(tmp_path, organ, key, change, words):
-    organ[key] = None if change is None else change(organ[key])
-    np.savez(
-        tmp_path / "organ.npz",
-        **{name: array for name, array in organ.items() if array is not None},
-    )
-    refused("organ", tmp_path, "organ.npz", *words.split())
-
-
-@pytest.mark.parametrize(
-    "classes, words", [([0, 0, 0], "class 1"), ([0, 1, 3], "class 2"), ([1, 2, 3], "class 0")]
-)
-def test_missing_classes_of_an_npz_are_named(tmp_path, organ, classes, words):
-    for part in ("train", "val", "test"):
-        organ[f"{part}_labels"] = np.array(classes)[organ[f"{part}_labels"]]
-    np.savez(tmp_path / "organ.npz", **organ)
-    refused("organ", tmp_path, "organ.npz", words, "holds no image")
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda data: data[:-100],
-        lambda data: data[:3000] + b"junk" + data[3004:],
-        lambda data: b"",
-        lambda data: b"no zip at all",
-    ],
-)
-def test_a_damaged_npz_is_named(tmp_path, organ, harm):
-    np.savez_compressed(tmp_path / "organ.npz", **organ)
-    (tmp_path / "organ.npz").write_bytes(harm((tmp_path / "organ.npz").read_bytes()))
-    refused("organ", tmp_path, "organ.npz", "damaged")
+    assert message.startswith(f"error: {data}") and "\n" not in message
+    assert all(word in message for word in words.split()), message
