@@ -10,9 +10,8 @@
     python evaluate.py figure results.csv FIGURE.svg
 
 Lines that results.csv holds are not made again. Those of a task, protocol, label share and folds
-are compared with each other, so they must be of the same settings, data and code: give an ablation
-another --results. Several evaluations may write to one file at the same time. results-scores/
-beside it keeps the test scores.
+are compared, so they must be of the same settings, data and code: give an ablation another
+--results. Several evaluations may write to one file. results-scores/ keeps the test scores.
 """
 
 import math
@@ -48,7 +47,6 @@ def main():
         return print(tables(args.results, args.baseline))
     if args.task == "figure":
         return figure(args.results, args.figure, args.baseline)
-    made_now = code("common/dicom.py")  # no task holds DICOM
     task = load_task(args.task, args.data, args.size)
     folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
     for source in set(args.encoder):  # a wrong file is refused before hours with the others
@@ -56,15 +54,23 @@ def main():
         pretraining(source)
     report(args.task, task, args.folds)
     for seed, source in seeds_and_encoders(args):
-        lines = missing_lines(args, task, seed, source, made_now)
-        if lines:
-            evaluate(args, task, folds, seed, source, lines)
+        lines = {share: line_of(args, task, seed, source, share) for share in args.label_share}
+        lines = {share: line for share, line in lines.items() if not is_done(args.results, line)}
+        if lines and args.protocol == "linear":
+            features = frozen_features(args, task, seed, source)
+        for share, line in lines.items():
+            started = time.perf_counter()
+            if args.protocol == "finetune":
+                scores = finetune(task, seed, source, args)
+            else:
+                scores = probe(features, task, folds, share, args.draws)
+            finish_line(args, task, line, scores, time.perf_counter() - started)
 
 
 def seeds_and_encoders(args):
-    """[(seed, encoder)] of the runs: --seeds of fine-tuning, the encoders in turns, or of scratch.
+    """[(seed, encoder)] of the runs: --seeds of fine-tuning, encoders in turns, or of scratch.
 
-    Else a run an encoder, by the seed of its pre-training where the logs of all of them tell it.
+    Else one an encoder, by the seed of its pre-training where all logs tell it.
     """
     if args.protocol == "finetune" or args.encoder == ["scratch"]:
         return list(enumerate(islice(cycle(args.encoder), args.seeds)))
@@ -74,24 +80,19 @@ def seeds_and_encoders(args):
     return list(zip(seeds, args.encoder, strict=True))
 
 
-def missing_lines(args, task, seed, source, made_now):
-    """{label share: line} of the lines of a run that results.csv does not hold, before AUC."""
-    lines = {}
-    for share in args.label_share:
-        line = {
-            "task": args.task,
-            "name": args.name,
-            "encoder": encoder.encoder_hash(source),
-            "protocol": args.protocol,
-            "seed": str(seed),
-            "label_share": f"{share:g}",
-            "folds": f"{args.folds}x{args.repeats}" if args.folds else "",
-            "settings": as_text(settings_of(args, task, share)),
-            "code": as_text(made_now),
-        }
-        if not is_done(args.results, line):
-            lines[share] = pretraining(source) | line
-    return lines
+def line_of(args, task, seed, source, share):
+    """A line of results.csv, before its AUC."""
+    return pretraining(source) | {
+        "task": args.task,
+        "name": args.name,
+        "encoder": encoder.encoder_hash(source),
+        "protocol": args.protocol,
+        "seed": str(seed),
+        "label_share": f"{share:g}",
+        "folds": f"{args.folds}x{args.repeats}" if args.folds else "",
+        "settings": as_text(settings_of(args, task, share)),
+        "code": as_text(code("common/dicom.py")),  # no task holds DICOM
+    }
 
 
 def settings_of(args, task, share):
@@ -143,39 +144,15 @@ def pretraining(source):
     }
 
 
-def evaluate(args, task, folds, seed, source, lines):
-    """Make the lines of a run; the linear probe computes the encoder's features once for all."""
-    started = time.perf_counter()
-    network = encoder.load_encoder(source, args.arch, seed)
-    if args.protocol == "linear":
-        statistics = encoder.input_statistics(source)
-        frozen = encoder.features(network, task.images, statistics, args.device, args.name)
-        if not np.isfinite(frozen).all():
-            fail(f"{source}: gives features that are not finite: its pre-training went wrong")
-    prepared = time.perf_counter() - started
-    for share, line in lines.items():
-        started = time.perf_counter()
-        if args.protocol == "finetune":
-            scores = finetune(network, task, split_of(task), seed, args)
-        elif folds:
-            scores = probe_folds(frozen, task, folds)
-        elif share < 1:
-            scores = probe_draws(frozen, task, share, args.draws)
-        else:
-            scores = probe_split(frozen, task)
-        finish_line(args, task, line, scores, prepared + time.perf_counter() - started)
-
-
 def finish_line(args, task, line, scores, seconds):
     """Measure the scores of a line, add it to results.csv, and print it."""
     train, val, tested, probabilities = scores
     labels, groups = task.labels[tested], task.groups[tested]
     line = line | {"train": train, "val": val, "test": len(tested), "seconds": f"{seconds:.1f}"}
     line |= measure(labels, probabilities, args.folds or 1)
-    if not is_done(args.results, line):  # by another evaluation in the meantime
-        add_line(args.results, line, tested, labels, groups, probabilities)
-        name = scores_file(args.results, line).stem
-        print(f"{name}: AUC {line['auc']}  F1 {line['f1']}  {line['seconds']} s", flush=True)
+    add_line(args.results, line, tested, labels, groups, probabilities)
+    name = scores_file(args.results, line).stem
+    print(f"{name}: AUC {line['auc']}  F1 {line['f1']}  {line['seconds']} s", flush=True)
 
 
 def measure(labels, probabilities, folds=1):
@@ -191,6 +168,28 @@ def measure(labels, probabilities, folds=1):
     means = {key: f"{np.mean([part[key] for part in measured]):.5f}" for key in measured[0]}
     repeats = np.reshape([part["auc"] for part in measured], (-1, folds)).mean(1)
     return means | {"auc_sd": f"{repeats.std(ddof=1):.5f}" if len(repeats) > 1 else ""}
+
+
+# --- The linear probe, on frozen features.
+
+
+def frozen_features(args, task, seed, source):
+    """The features of a task's images, float32 [N, width]."""
+    network = encoder.load_encoder(source, args.arch, seed)
+    statistics = encoder.input_statistics(source)
+    features = encoder.features(network, task.images, statistics, args.device, args.name)
+    if not np.isfinite(features).all():
+        fail(f"{source}: gives features that are not finite: its pre-training went wrong")
+    return features
+
+
+def probe(features, task, folds, share, draws):
+    """(number of training images, of validation images, tested images [n], probabilities)."""
+    if folds:
+        return probe_folds(features, task, folds)
+    if share < 1:
+        return probe_draws(features, task, share, draws)
+    return probe_split(features, task)
 
 
 def probe_split(features, task):
@@ -247,11 +246,16 @@ def fit_and_predict(features, task, scaled_on, train, test):
         return model.fit(scaled[train], task.labels[train]).predict_proba(scaled[test])
 
 
-def finetune(network, task, split, seed, args):
-    """The paper's protocol: encoder and linear layer, the encoder frozen at first.
+# --- Fine-tuning.
+
+
+def finetune(task, seed, source, args):
+    """The paper's protocol: encoder and linear layer, the encoder frozen at first; as probe.
 
     The weights of the epoch with the best validation accuracy, the first of equals, are tested.
     """
+    split = split_of(task)
+    network = encoder.load_encoder(source, args.arch, seed)
     torch.manual_seed(seed)
     model = nn.Sequential(network, nn.Linear(network.inplanes, len(task.classes)))
     model.to(args.device, memory_format=torch.channels_last)
@@ -346,21 +350,22 @@ def add_flags(parser):
     add("--protocol", choices=["finetune", "linear"], default="finetune", help=default)
     add("--seeds", type=count, default=5, help=f"runs of fine-tuning, and of scratch; {default}")
     add("--arch", choices=encoder.ARCHS, default="resnet50", help=f"{default}, the paper's")
-    add("--size", type=count, default=224, help=f"side of an image; {default}, the paper's")
+    size = number(int, least=encoder.SMALLEST)
+    add("--size", type=size, default=224, help=f"side of an image; {default}, the paper's")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     linear = parser.add_argument_group("linear")
     add = linear.add_argument
     add("--draws", type=count, default=10, help=f"of each label share below 1; {default}")
     add("--repeats", type=count, default=10, help=f"of the cross-validation; {default}")
     add = linear.add_mutually_exclusive_group().add_argument
-    share = {"type": number(above=0, most=1), "nargs": "+", "default": [1.0], "metavar": "F"}
+    share = {"type": number(least=1e-12, most=1), "nargs": "+", "default": [1.0], "metavar": "F"}
     add("--label-share", **share, help="of the training labels; several: a line each")
     add("--folds", type=number(int, least=2), help="cross-validation instead of the task's split")
     add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
     frozen = f"first epochs, which train batch norm and the linear layer alone; {default}"
     add("--epochs", type=count, default=70, help=default)
     add("--freeze-epochs", type=number(int, least=0), default=10, help=frozen)
-    add("--lr", type=number(above=0), default=1e-4, help=f"of Adam; {default}")
+    add("--lr", type=number(least=1e-12), default=1e-4, help=f"of Adam; {default}")
     add("--weight-decay", type=number(least=0), default=5e-4, help=default)
     add("--batch-size", type=count, default=64, help=default)
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=default)
@@ -379,7 +384,7 @@ def check_args(args):
     if args.protocol == "finetune" and args.seeds < len(args.encoder):
         fail(f"--seeds {args.seeds} leaves encoders unused: give at least {len(args.encoder)}")
     args.device = encoder.choose_device(args.device)
-    precision = encoder.choose_precision(args.precision, args.device, args.size)
+    precision = encoder.choose_precision(args.precision, args.device)
     args.precision = str(precision).removeprefix("torch.")
 
 

@@ -22,28 +22,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import simclr
+from common import files, simclr
 from common.batches import batches_per_epoch, slices_per_epoch, stream
-from common.encoder import ARCHS, choose_device, choose_precision, to_input
-from common.files import (
-    Flags,
-    atomic_write,
-    code,
-    exclusive,
-    fail,
-    number,
-    read_json,
-    refuse_other,
-    run_script,
-    versions,
-)
+from common.encoder import ARCHS, SMALLEST, choose_device, choose_precision, to_input
+from common.files import fail, number
 from common.store import read_selection
 
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
-NO_SETTINGS = ("selection", "run", "epochs", "device")  # flags that `describe` replaces
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
-SAMPLE = "slices of an epoch: kept; all of the store; or one drawn from each cluster, anew"
-PRECISION = "auto: bfloat16 where the hardware has it, for views above 16 pixels"
 
 
 def main():
@@ -52,7 +38,7 @@ def main():
     rank, world = join_processes(device)
     selection = read_selection(args.selection)
     header = describe(args, selection, device, world)
-    with exclusive(args.run) if rank == 0 else nullcontext():
+    with files.exclusive(args.run) if rank == 0 else nullcontext():
         saved = open_run(args.run, header, rank, device)
         train(args, selection, header, saved, device, rank, world)
     if dist.is_initialized():
@@ -120,17 +106,18 @@ def train_step(model, optimizer, lr, batch, args, precision):
 
 
 def parse_args():
-    parser = Flags(description=__doc__)
+    parser = files.Flags(description=__doc__)
     add = parser.add_argument
     count = number(int, least=1)
-    positive = number(above=0)
+    positive = number(least=1e-12)
     share = number(least=0, most=1)
     bits = number(int, least=0, most=64)
     seed = number(int, least=0, most=2**32 - 1)
     add("selection", type=Path, metavar="SELECTION.csv", help="of reduce.py, its store beside it")
     add("run", type=Path, metavar="RUN", help="folder for the encoder, the log and the checkpoint")
     add("--arch", choices=ARCHS, default="resnet50", help="default: the paper's")
-    add("--size", type=count, default=96, help="side of a view in pixels (default: %(default)s)")
+    size = number(int, least=SMALLEST)
+    add("--size", type=size, default=96, help="side of a view in pixels (default: %(default)s)")
     add("--epochs", type=count, default=800, help="default: the paper's 800")
     add("--steps", type=count, help="optimiser steps, instead of --epochs")
     add("--steps-of", type=steps_of, dest="steps", metavar="RUN", help="as many as RUN's")
@@ -140,12 +127,14 @@ def parse_args():
     add("--weight-decay", type=number(least=0), default=1e-6, help="of weights only (paper: 1e-6)")
     add("--warmup", type=share, default=10 / 800, help="share of the steps (paper: 10 of 800)")
     add("--temperature", type=positive, default=0.1, help="of NT-Xent (SimCLR: 0.1)")
-    add("--sample", choices=["kept", "all", "clusters"], default="kept", help=SAMPLE)
+    sample = "slices of an epoch: kept; all of the store; or one drawn from each cluster, anew"
+    add("--sample", choices=["kept", "all", "clusters"], default="kept", help=sample)
     add("--neighbours", type=count, default=1, metavar="C", help="batches of runs of C neighbours")
     add("--mask-negatives", type=bits, metavar="BITS", help="near-duplicates are no negatives")
     add("--mask-random", action="store_true", help="its control: as many go, drawn at random")
     add("--loss-groups", type=count, default=1, metavar="G", help="negatives within G parts alone")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=PRECISION)
+    precision = "auto: bfloat16 where the hardware has it"
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=precision)
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args()
@@ -160,7 +149,7 @@ def parse_args():
 
 def steps_of(run):
     """The `type` of --steps-of: the optimiser steps of the run in that folder."""
-    first, *_ = read_json(Path(run) / "log.jsonl", lines=True) or [{}]
+    first, *_ = files.read_json(Path(run) / "log.jsonl", lines=True) or [{}]
     if "settings" not in first:
         fail(f"--steps-of {run}: no run there, or none that has come to the end of an epoch")
     return first["settings"]["steps"]
@@ -177,18 +166,16 @@ def join_processes(device):
 
 
 def describe(args, selection, device, world):
-    """The first line of the log: what makes this run, and the machine that it runs on.
-
-    Its settings are the flags but for those that only say where, and what the others come to.
-    """
-    precision = choose_precision(args.precision, device, args.size)
+    """The first line of the log: what makes this run, and the machine that it runs on."""
+    precision = choose_precision(args.precision, device)
     slices = slices_per_epoch(selection, args.sample)
     per_epoch = batches_per_epoch(selection, args)
     smallest = slices // per_epoch
     if smallest < max(2 * args.loss_groups, world):
         needs = f"2 for each of {args.loss_groups} --loss-groups, 1 for each of {world} processes"
         fail(f"{args.selection}: {slices} slices make batches of {smallest}: a batch needs {needs}")
-    flags = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+    apart = ("selection", "run", "epochs", "device")  # told by what follows, or only say where
+    flags = {name: value for name, value in vars(args).items() if name not in apart}
     settings = flags | {
         "precision": str(precision).removeprefix("torch."),
         "slices": slices,
@@ -199,10 +186,10 @@ def describe(args, selection, device, world):
     return {
         "command": " ".join(sys.argv),
         "settings": settings,
-        "code": code(),
+        "code": files.code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": files.versions(),
     }
 
 
@@ -235,8 +222,8 @@ def open_run(run, header, rank, device):
     remedy = "give another RUN, or delete this one"
     encoder, checkpoint = run / "encoder.pt", run / "checkpoint.pt"
     if encoder.exists():
-        made = read_json(run / "log.jsonl", lines=True) or [None]
-        refuse_other(run, made[0], header["settings"], remedy)
+        made = files.read_json(run / "log.jsonl", lines=True) or [None]
+        files.refuse_other(run, made[0], header["settings"], remedy)
         if rank == 0:
             checkpoint.unlink(missing_ok=True)  # of a run killed in its last moment
             print(f"{encoder}: finished before, nothing to do")
@@ -247,7 +234,7 @@ def open_run(run, header, rank, device):
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
     except Exception:  # whatever a damaged file makes torch raise
         fail(f"{checkpoint}: damaged: {remedy}")
-    refuse_other(run, saved["log"][0], header["settings"], remedy)
+    files.refuse_other(run, saved["log"][0], header["settings"], remedy)
     if rank == 0:
         print(f"{run}: going on at step {saved['step']}")
     return saved
@@ -300,16 +287,16 @@ def finish(run, log, model):
 
 
 def write_log(run, lines):
-    with atomic_write(run / "log.jsonl", text=True) as file:
+    with files.atomic_write(run / "log.jsonl", text=True) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def save(path, state):
     packed = io.BytesIO()  # PyTorch's own writer hides why a disk takes no more
     torch.save(state, packed)
-    with atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(packed.getbuffer())
 
 
 if __name__ == "__main__":
-    run_script(main)
+    files.run_script(main)

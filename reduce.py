@@ -136,7 +136,7 @@ def check_flags(args, strategy):
         fail(f"--strategy {args.strategy} {verb} --encoder")
     if takes_encoder and args.encoder != "imagenet" and not Path(args.encoder).is_file():
         fail(f"--encoder {args.encoder}: no such file, and not imagenet")
-    if args.scope == "dataset" and not strategy.over_dataset:
+    if args.scope == "dataset" and strategy.looks_at != "hashes":
         fail(f"--scope dataset: {args.strategy} compares slices within a volume")
     if args.scope == "dataset" and args.like is not None:
         fail("--like counts the slices of each volume: it does not go with --scope dataset")

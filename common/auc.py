@@ -1,8 +1,4 @@
-"""AUC, its interval, and comparisons that cover test images and pre-training runs.
-
-In the order of use: metrics of one run; bootstrap of its test images; image_covariance and
-variance_between_runs of a table's rows; estimate of a row or a difference; holm.
-"""
+"""AUC, its interval, and comparisons that cover test images and pre-training runs."""
 
 import hashlib
 import warnings
@@ -20,8 +16,7 @@ PORTION = 200  # samples at once, which fit the processor's cache: 2 s a line of
 def metrics(labels, probabilities):
     """{"auc", "f1", "accuracy"} of labels int [n] and probabilities float [n, classes].
 
-    AUC: of class 1, or the macro mean over one-vs-rest for more than two classes. F1: of class 1,
-    or macro.
+    AUC and F1 of class 1, or for more than two classes macro means (AUC: one-vs-rest).
     """
     predicted = probabilities.argmax(1)
     average = "binary" if probabilities.shape[1] == 2 else "macro"
@@ -33,9 +28,9 @@ def metrics(labels, probabilities):
 
 
 def weighted_auc(labels, probabilities, weights):
-    """AUC under each of many weightings of the images: weights [n, draws] -> [draws].
+    """The AUC of metrics under weights of the images, [n, draws] -> [draws].
 
-    Macro one-vs-rest over classes; a class whose images, or all others, weigh nothing is left out.
+    A class whose images, or all others, weigh nothing is left out.
     """
     classes = range(probabilities.shape[1]) if probabilities.shape[1] > 2 else [1]
     aucs = [binary_auc(labels == c, probabilities[:, c], weights) for c in classes]
@@ -71,9 +66,9 @@ def mean_of_defined(aucs):
 def sample_weights(labels, groups, draws=DRAWS):
     """How often each bootstrap sample of the test set holds each image, float32 [n, draws].
 
-    Whole groups are drawn, since images of one group (a patient, a paper) are not independent, and
-    class by class: a group counts to the class that most of its images have (our choice). The same
-    labels and groups give the same samples, so that encoders are compared on the same images.
+    Whole groups are drawn (images of a patient or paper are not independent), class by class: a
+    group is of the class that most of its images have (our choice). The same labels and groups
+    give the same samples: encoders are compared on the same images.
     """
     _, group = np.unique(groups, return_inverse=True)
     images_of_class = np.zeros((group.max() + 1, labels.max() + 1), int)
@@ -89,25 +84,25 @@ def sample_weights(labels, groups, draws=DRAWS):
 
 
 def bootstrap(labels, probabilities, weights):
-    """AUC under each column of sample_weights, [draws].
+    """AUC under each column of weights, [draws].
 
     probabilities: [n, classes], or [parts, n, classes] for a mean over parts (draws of training
     labels, folds), each with NaN for the images that it does not test.
     """
-    parts = probabilities if probabilities.ndim == 3 else probabilities[None]
-    return mean_of_defined([bootstrap_part(labels, part, weights) for part in parts])
-
-
-def bootstrap_part(labels, probabilities, weights):
-    tested = ~np.isnan(probabilities[:, 0])
-    labels, probabilities = labels[tested], probabilities[tested]
-    portions = np.array_split(weights[tested], -(-weights.shape[1] // PORTION), axis=1)
-    return np.concatenate([weighted_auc(labels, probabilities, portion) for portion in portions])
+    aucs = []
+    for part in probabilities if probabilities.ndim == 3 else [probabilities]:
+        tested = ~np.isnan(part[:, 0])
+        portions = np.array_split(weights[tested], -(-weights.shape[1] // PORTION), axis=1)
+        portions = [weighted_auc(labels[tested], part[tested], portion) for portion in portions]
+        aucs.append(np.concatenate(portions))
+    return mean_of_defined(aucs)
 
 
 def bootstrap_of(tested, labels, groups, probabilities):
-    """What was tested, its groups, AUC under each bootstrap sample and of each part (a draw of
-    labels, a fold); in units of PRECISION, None where a class is missing."""
+    """What was tested, and its AUC under each bootstrap sample and of each part.
+
+    In units of PRECISION, None where a class is missing.
+    """
     parts = probabilities if probabilities.ndim == 3 else [probabilities]
     once = np.ones((len(labels), 1))
     aucs = {
@@ -125,8 +120,8 @@ def image_covariance(rows):
     """Covariance, over samples of the test images, between the mean AUCs of rows: [rows, rows].
 
     rows: for each one the bootstrap of its runs, [runs, draws]. What the images do to one run alone
-    is left out where a row has several: it is part of the spread between runs already, and would
-    count twice (so do Obuchowski and Rockette 1995, whose readers are our runs).
+    is left out where a row has several: the spread between runs holds it already (so do Obuchowski
+    and Rockette 1995, whose readers are our runs).
     """
     defined = ~np.isnan(np.concatenate(rows)).any(axis=0)  # samples that hold both classes
     rows = [draws[:, defined] for draws in rows]
@@ -141,11 +136,11 @@ def image_covariance(rows):
 
 
 def variance_between_runs(rows):
-    """Variance between the runs of a row, pooled over the rows with at least 2 runs.
+    """(variance between the runs of a row, pooled over rows with 2 runs or more; its freedom).
 
-    rows: the AUCs of each row's runs, [runs]. (variance, degrees of freedom), 0 without such a row.
-    The rows are taken to vary alike. If two of many have twice the SD of the others, 26 % of true
-    nulls between them have p < 0.05 (simulated); results/study/analysis.py prints Welch's p too.
+    rows: the AUCs of each row's runs, [runs]. The rows are taken to vary alike. If two of many have
+    twice the SD of the others, 26 % of true nulls between them have p < 0.05 (simulated);
+    results/study/analysis.py prints Welch's p too.
     """
     repeated = [aucs for aucs in rows if len(aucs) > 1]
     freedom = sum(len(aucs) - 1 for aucs in repeated)
@@ -154,7 +149,7 @@ def variance_between_runs(rows):
 
 
 class Estimate(NamedTuple):
-    """What can be said about a row's mean AUC, a difference, or another weighted sum of rows."""
+    """Of the mean AUC of a row, a difference, or another weighted sum of rows."""
 
     value: float
     interval: tuple[float, float]  # 95 %
@@ -167,16 +162,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(rows, weights, covariance, between_runs, groups):
-    """Estimate of a weighted sum of the mean AUCs of rows.
+    """Estimate of a weighted sum of the mean AUCs of rows, such as [1, -1] for a difference.
 
-    rows: the AUCs of the runs of each, [runs]. weights: [1, -1] for the difference of two.
-    covariance: image_covariance of these rows. between_runs: variance_between_runs of the table.
-    groups: independent groups of images.
+    rows: the AUCs of the runs of each, [runs]. covariance: image_covariance of these rows.
+    between_runs: variance_between_runs of the table. groups: independent groups of images.
 
     A t interval over runs with the images added: variance = s2 (1 / k0 + 1 / k1) + that of the
     images, for a difference; degrees of freedom after Satterthwaite 1946, where the image part has
-    groups - 1. With one run in any row nothing is known about the runs: the interval covers images
-    only, no p. It ends where AUCs of 0 and 1 would.
+    groups - 1. With one run in any row the interval covers images only, and there is no p.
     """
     weights = np.array(weights, float)
     value = float(sum(weight * np.mean(aucs) for weight, aucs in zip(weights, rows, strict=True)))

@@ -23,6 +23,9 @@ MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCH = 64  # images whose features are computed at once
+# pixels a side: below, a 3 x 3 convolution with stride 2 reads a 1 x 1 map, and oneDNN
+# (PyTorch 2.11) leaves parts of its gradient in bfloat16 uninitialised
+SMALLEST = 17
 
 
 # --- Device and precision: the one place for them.
@@ -48,18 +51,10 @@ def choose_device(name):
     return device
 
 
-def choose_precision(name, device, size):
-    """The torch.dtype of autocast for "auto", "float32" or "bfloat16" and images of `size` pixels.
-
-    auto: bfloat16 where the hardware multiplies it natively.
-    """
-    # there a 3 x 3 convolution with stride 2 reads a 1 x 1 map, and oneDNN (PyTorch 2.11) leaves
-    # parts of its gradient uninitialised
-    broken = device.type == "cpu" and size <= 16
+def choose_precision(name, device):
+    """The torch.dtype of autocast for "auto" (bfloat16 where it pays), "float32" or "bfloat16"."""
     if name == "auto":
-        return torch.bfloat16 if bf16_pays(device) and not broken else torch.float32
-    if name == "bfloat16" and broken:
-        fail(f"--precision bfloat16 on a CPU needs --size above 16, not {size}: use float32")
+        return torch.bfloat16 if bf16_pays(device) else torch.float32
     return getattr(torch, name)
 
 

@@ -15,10 +15,7 @@ BLACK, GREY, PALE, BLUE = "#222222", "#6b6b6b", "#e4e4e4", "#0062a3"
 
 
 def figure(results, path, baseline="ALL"):
-    """AUC of every row with its 95 % interval, one panel a table, one below the other.
-
-    A blue line goes through the baseline's AUC, a dashed one through that of scratch.
-    """
+    """AUC of every row with its 95 % interval, one panel a table; a line at the baseline's."""
     shapes = []
     top = 0
     tables = read_tables(results)
@@ -26,9 +23,7 @@ def figure(results, path, baseline="ALL"):
         shapes.append(text(12, top + 24, title(key), size=15))
         shapes.append(text(12, top + 42, f"AUC ({table.images()})", GREY))
         top = draw_table(shapes, top + 76, table, baseline)
-    sentence = "Dot: mean over runs; bar: 95 % interval."
-    if any(len(aucs) == 1 for table in tables.values() for aucs in table.aucs.values()):
-        sentence += " Hollow: one run, its bar covers images only."
+    sentence = "Dot: mean over runs (hollow: of one run); bar: 95 % interval (of one: images only)."
     shapes.append(text(12, top, sentence, GREY))
     write_svg(path, shapes, top + 16)
 
@@ -42,14 +37,10 @@ def draw_table(shapes, top, table, baseline):
     for number, label in numbers:
         shapes.append(line(x_of(number), top, x_of(number), bottom, PALE))
         shapes.append(text(x_of(number), bottom + 16, label, GREY, "middle"))
-    places = []
-    for name, colour, dashes in ((baseline, BLUE, ""), ("scratch", GREY, "5 4")):
-        if name in estimates:
-            x = x_of(estimates[name].value)
-            above = 18 if any(abs(x - other) < 60 for other in places) else 4
-            places.append(x)
-            shapes.append(line(x, top, x, bottom, colour, 1.5, dashes))
-            shapes.append(text(x, top - above, name, colour, "middle"))
+    if baseline in estimates:
+        x = x_of(estimates[baseline].value)
+        shapes.append(line(x, top, x, bottom, BLUE, 1.5))
+        shapes.append(text(x, top - 4, baseline, BLUE, "middle"))
     for i, (name, estimate) in enumerate(estimates.items()):
         y = top + ROW * (i + 0.5)
         low, high = map(x_of, estimate.interval)

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = ".unfinished"  # ends the names of files that are being written
 SHOW = ("common/tables.py", "common/figure.py", "common/pictures.py", "common/toy.py")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "imagehash", "scikit-learn", "pydicom")
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
+BYTES = {"mode": "wb"}
+TEXT = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 # --- Scripts: flags and errors.
@@ -30,8 +33,7 @@ def fail(message):
 def run_script(main):
     """Run a script's main(); Ctrl-C ends it with one line, since everything finished is on disk."""
     for stream in (sys.stdout, sys.stderr):
-        # file names that are not UTF-8 must not stop a run
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
     try:
         main()
     except KeyboardInterrupt:
@@ -48,15 +50,13 @@ class Flags(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-def number(kind=float, least=-inf, above=-inf, most=inf):
+def number(kind=float, least=-inf, most=inf):
     """The `type` of a flag: an int or a float within these limits."""
 
     def parse(text):
         value = kind(text)
-        if not (least <= value <= most and value > above):
-            limits = {"at least": least, "above": above, "at most": most}
-            wanted = [f"{word} {limit}" for word, limit in limits.items() if abs(limit) < inf]
-            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(wanted)}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} to {most}")
         return value
 
     parse.__name__ = "number"  # as argparse calls it
@@ -70,10 +70,9 @@ def number(kind=float, least=-inf, above=-inf, most=inf):
 def exclusive(folder):
     """Work alone in a folder: stop with one line if another run works there.
 
-    A killed run leaves no lock behind; the files that it was writing are removed.
+    A killed run holds no lock; the files that it was writing are removed.
     """
     try:
-        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
     except OSError as error:
@@ -83,14 +82,9 @@ def exclusive(folder):
             flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"{folder}: another run is at work there: wait for it, or give another folder")
-        try:
-            for unfinished in folder.glob("*" + UNFINISHED):
-                unfinished.unlink()
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
-            if new and not any(folder.iterdir()):  # stopped before anything was made
-                folder.rmdir()
+        for unfinished in folder.glob("*" + UNFINISHED):
+            unfinished.unlink()
+        yield
 
 
 def flock(file, operation):
@@ -109,20 +103,15 @@ def atomic_write(path, text=False):
     """Open a temporary file beside path; rename it to path at the end, remove it on an error."""
     path = Path(path)
     temporary = path.with_name(path.name + UNFINISHED)
-    mode = {"mode": "wb"}
-    if text:
-        mode = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, **mode) as file:
+        with open(temporary, **(TEXT if text else BYTES)) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         fail(f"{error.filename or path}: {error.strerror or error}")
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def append_lines(path, text, head=""):
@@ -178,16 +167,13 @@ def code(*but):
 
 @cache
 def digest(name):
-    """8 hex digits of a file's syntax tree; None where it is gone. Comments, layout and
-    docstrings do not count."""
+    """8 hex digits of a file's code, without comments and docstrings; None where it is gone."""
     try:
         tree = ast.parse((ROOT / name).read_text())
     except OSError:
         return None
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
 
@@ -195,8 +181,8 @@ def digest(name):
 def refuse_other(product, made, settings, remedy):
     """Stop with one line, which names what differs, if a product was made otherwise.
 
-    made: what it recorded, {"settings": {name: value}, "code": code()}. settings: today's. The
-    recorded files are compared with what they hold today.
+    made: what it recorded, {"settings": {name: value}, "code": code()}; those files are compared
+    with what they hold now. settings: today's.
     """
     try:
         before = made["settings"] | made["code"]

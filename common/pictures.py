@@ -1,4 +1,4 @@
-"""A contact sheet of a selection: what was kept, how much each kept slice stands for, and where."""
+"""A contact sheet of a selection: what was kept, and how much each kept slice stands for."""
 
 from os.path import dirname
 
@@ -8,24 +8,22 @@ from PIL import Image, ImageDraw, ImageFont
 from common.store import read_lines
 
 TILE, COLUMNS, MAX_VOLUMES = 112, 10, 8  # pixels a slice, slices a volume, volumes a sheet
-TITLE, LABEL, STRIP, GAP = 22, 16, 12, 14  # heights in pixels
+TITLE, LABEL, GAP = 22, 16, 14  # heights in pixels
 WIDTH = COLUMNS * TILE
 
 
 def contact_sheet(name, store, representative):
-    """Pillow image: for up to 8 volumes, up to 10 kept slices in z order, each with the number it
-    stands for (x12), over a strip along z, bright where a slice was kept."""
+    """Pillow image: of up to 8 volumes, up to 10 kept slices, and what each stands for."""
     files = [line["file"] for line in read_lines(store.path.with_suffix(".csv"))]
     volumes = spread_over(np.arange(len(store.volumes)), MAX_VOLUMES)
-    height = TITLE + TILE + LABEL + STRIP + GAP
+    height = TITLE + TILE + LABEL + GAP
     sheet = Image.new("RGB", (GAP + WIDTH + GAP, TITLE + GAP + len(volumes) * height), "black")
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(13)
     kept = len(np.unique(representative))
     heading = (
         f"{name}: {kept} of {len(representative)} slices kept, "
-        f"{len(volumes)} of {len(store.volumes)} volumes shown;  "
-        "xN: stands for N slices;  strip: z, kept slices gold, those not shown darker"
+        f"{len(volumes)} of {len(store.volumes)} volumes shown;  xN: stands for N slices"
     )
     draw.text((GAP, GAP // 2), heading, "white")
     for i, volume in enumerate(volumes):
@@ -40,29 +38,20 @@ def contact_sheet(name, store, representative):
 
 
 def draw_volume(sheet, draw, top, place, pixels, slices, representative):
-    """A line of text, a row of kept slices with their labels, and the strip, from `top` down."""
+    """A line of text, and a row of kept slices with their labels, from `top` down."""
     kept = slices[representative[slices] == slices]
     shown = spread_over(kept, COLUMNS)
     heading = f"{place[-100:]}: {len(kept)} of {len(slices)} slices kept"
     if len(shown) < len(kept):
         heading += f", {len(shown)} of {len(kept)} shown"
     draw.text((GAP, top), heading, "white")
-    tiles_top = top + TITLE
+    side = TILE - 2
     for column, index in enumerate(shown):
         left = GAP + column * TILE
-        side = TILE - 2
         tile = Image.fromarray(pixels[index]).resize((side, side), Image.Resampling.BILINEAR)
-        sheet.paste(tile, (left, tiles_top))
+        sheet.paste(tile, (left, top + TITLE))
         label = f"slice {index - slices[0]}  x{np.count_nonzero(representative == index)}"
-        draw.text((left, tiles_top + TILE - 1), label, "khaki")
-    strip_top = tiles_top + TILE + LABEL
-    strip_bottom = strip_top + STRIP - 1
-    draw.rectangle((GAP, strip_top, GAP + WIDTH - 1, strip_bottom), fill=(70, 70, 70))
-    for index in kept:
-        left = GAP + (index - slices[0]) * WIDTH // len(slices)
-        right = left + max(1, WIDTH // len(slices) - 2)
-        color = "gold" if index in shown else "peru"
-        draw.rectangle((left, strip_top, right, strip_bottom), fill=color)
+        draw.text((left, top + TITLE + side + 1), label, "khaki")
 
 
 def spread_over(items, count):

@@ -11,7 +11,6 @@ their checks, the names of selections and --help follow from that table.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +38,8 @@ class Strategy(NamedTuple):
     by_count: Callable | None = None
     default: float | None = None  # threshold
     thresholds: range | None = None  # whole ones; None: those of a similarity, -1 to 1
-    looks_at: str = "hashes"  # or "pixels" (in worker processes), or "features" (of --encoder)
-    over_dataset: bool = False  # whether it can take --scope dataset
+    # or "pixels" (in worker processes), or "features" (of --encoder); these two by volume alone
+    looks_at: str = "hashes"
 
 
 # --- Strategies that have a threshold.
@@ -73,8 +72,18 @@ def by_hash(group, bits):
     return representative, -similarity.astype(int)
 
 
+def by_ssim(group, threshold):
+    """Greedy on structural similarity (measure of the paper; threshold our choice)."""
+    return by_pixels(ssim, group, threshold)
+
+
+def by_mi(group, threshold):
+    """Greedy on normalised mutual information (likewise)."""
+    return by_pixels(mutual_information, group, threshold)
+
+
 def by_pixels(measure, group, threshold):
-    """Greedy on a measure of similarity.py (our choice)."""
+    """Greedy on a measure of similarity.py."""
     compare = measure(np.asarray(group.slices))
     return greedy(np.arange(len(group.slices)), compare, threshold)
 
@@ -121,45 +130,18 @@ def most_redundant(group, count):
 
 
 STRATEGIES = {
-    "all": Strategy("every slice stays", over_dataset=True),
-    "every-n": Strategy(
-        "every T-th slice stays",
-        by_threshold=every_nth,
-        by_count=evenly,
-        default=8,  # ours
-        thresholds=range(1, 10**6),
-        over_dataset=True,
-    ),
-    "random": Strategy("slices drawn at random stay", by_count=at_random, over_dataset=True),
-    "redundant": Strategy(
-        "the slices most similar to others stay: the opposite of hash", by_count=most_redundant
-    ),
-    "hash": Strategy(
-        "no two stay that differ in at most T of the 64 bits of dHash",
-        by_threshold=by_hash,
-        default=6,  # the paper's best
-        thresholds=range(65),
-        over_dataset=True,
-    ),
-    "ssim": Strategy(
-        "no two stay with a structural similarity of T or more",
-        by_threshold=partial(by_pixels, ssim),
-        default=0.7,  # ours: near the budget of hash at 6
-        looks_at="pixels",
-    ),
-    "mi": Strategy(
-        "no two stay with a normalised mutual information of T or more",
-        by_threshold=partial(by_pixels, mutual_information),
-        default=0.45,  # as for ssim
-        looks_at="pixels",
-    ),
-    "embedding": Strategy(
-        "no two stay with features (of --encoder) of a cosine of T or more",
-        by_threshold=by_features,
-        default=0.997,  # as for ssim, with encoders of pretrain.py; for others use --keep
-        looks_at="features",
-    ),
+    # meaning; by threshold, by count; default T, all whole T, if they are; what it looks at
+    "all": Strategy("every slice stays"),
+    "every-n": Strategy("every T-th slice stays", every_nth, evenly, 8, range(1, 10**6)),
+    "random": Strategy("slices drawn at random stay", None, at_random),
+    "redundant": Strategy("the slices most like others stay", None, most_redundant),
+    "hash": Strategy("no two stay within T bits of dHash", by_hash, None, 6, range(65)),
+    "ssim": Strategy("no two stay with an SSIM of T or more", by_ssim, None, 0.7, None, "pixels"),
+    "mi": Strategy("the same, mutual information", by_mi, None, 0.45, None, "pixels"),
+    "embedding": Strategy("the same, cosine", by_features, None, 0.997, None, "features"),
 }
+# T of hash: the paper's best. 8, 0.7, 0.45 and 0.997 are ours: the last three come near the budget
+# of hash at 6, for embedding with encoders of pretrain.py (with others use --keep).
 
 
 # --- Budgets.

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+MOMENTUM, TRUST_COEFFICIENT = 0.9, 0.001  # of LARS (You et al. 2017)
+
 
 def build(arch, projection_dim=128):
     """nn.Sequential(encoder, head): a torchvision ResNet without fc, then SimCLR's two layers."""
@@ -185,15 +187,8 @@ def parameter_groups(model, weight_decay):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, each tensor's step scaled to the norm of its weights (You et al. 2017)."""
 
-    def __init__(self, groups, lr, momentum=0.9, trust_coefficient=0.001):
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "trust_coefficient": trust_coefficient,
-            "weight_decay": 0.0,
-            "adapt": True,
-        }
-        super().__init__(groups, defaults)
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
 
     @torch.no_grad()
     def step(self):
@@ -204,11 +199,11 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 weight_norm = torch.stack(torch._foreach_norm(weights))
                 update_norm = torch.stack(torch._foreach_norm(updates))
-                scale = group["trust_coefficient"] * weight_norm / update_norm
+                scale = TRUST_COEFFICIENT * weight_norm / update_norm
                 scale = torch.where((weight_norm > 0) & (update_norm > 0), scale, 1.0)
                 torch._foreach_mul_(updates, list(scale))
             momenta = [self.momentum_of(p) for p in weights]
-            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_mul_(momenta, MOMENTUM)
             torch._foreach_add_(momenta, updates)
             torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 

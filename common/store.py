@@ -1,8 +1,7 @@
 """The slice store: every readable slice of DATA, decoded once, and the selections beside it.
 
 OUT/slices.npy (uint8 [N, size, size], volume after volume in z order), OUT/slices.csv,
-OUT/skipped.csv and, written last, OUT/store.json, which says what the store was made from:
-without it a store does not count as finished.
+OUT/skipped.csv and, last, OUT/store.json, which says what made the store and that it is whole.
 """
 
 import csv
@@ -12,7 +11,6 @@ import os
 import sys
 from collections import Counter
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from statistics import mode
 from typing import NamedTuple
@@ -27,10 +25,9 @@ from common.hashing import slice_hash
 from common.volumes import find_volumes, list_files
 from common.workers import in_order
 
-# Imported by reduce.py, but with no part in a store.
-SELECT = ("reduce.py", "common/reduction.py", "common/similarity.py")
+NOT_IN_STORE = ("reduce.py", "common/reduction.py", "common/similarity.py")  # they select
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
-A_JOB = 32  # headers or slices
+A_JOB = 32  # headers or slices, handed to a worker process at once
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
 REMEDY = "give another OUT, or delete this one"
 AGAIN = "make it again with reduce.py"
@@ -42,7 +39,6 @@ class Store(NamedTuple):
     hashes: np.ndarray  # uint64 [N], slice_hash of the full-resolution slices
     names: list[str]  # of the volumes
     volumes: list[np.ndarray]  # the slices of each volume as indices, in z order
-    skipped: int  # files left out, listed in skipped.csv
 
     @property
     def volume_index(self):
@@ -72,8 +68,8 @@ def check_folders(data, out):
 def open_or_build_store(data, out, size, window, workers):
     """The Store in out, built from DATA unless out holds one already; prints what is in it.
 
-    size: pixels a side. window: [center, width] in HU, or None (see ct.scale_to_uint8).
-    Stops with one line if the store is of other data, of other settings, or of other code.
+    size: pixels a side. window: [center, width] in HU, or None (see ct.scale_to_uint8). Stops with
+    one line if the store was made otherwise.
     """
     files = list_files(data)  # with sizes and times
     fingerprint = hashlib.sha256(repr(files).encode(errors="surrogateescape")).hexdigest()[:8]
@@ -87,7 +83,7 @@ def open_or_build_store(data, out, size, window, workers):
 
 def build_store(data, out, files, settings, workers):
     """Decode every slice of the files, relative to data, in parallel and in order, into a store."""
-    made = {"settings": settings, "code": code(*SELECT)}
+    made = {"settings": settings, "code": code(*NOT_IN_STORE)}
     size = settings["size"]
     read_all = partial(in_parallel, unit="header", workers=workers)
     volumes, skipped, warnings = find_volumes(data, files, read_all)
@@ -121,13 +117,8 @@ def build_store(data, out, files, settings, workers):
 
 def in_parallel(work, items, unit, workers):
     """Iterate over work(item) of every item, in order, with a progress bar."""
-    batches = (items[i : i + A_JOB] for i in range(0, len(items), A_JOB))
-    results = chain.from_iterable(in_order(partial(work_on, work), batches, workers))
+    results = in_order(work, items, workers, A_JOB)
     return tqdm(results, f"{unit}s", len(items), unit=unit, disable=not items)
-
-
-def work_on(work, items):
-    return [work(item) for item in items]
 
 
 def decode(job, data, size, window):
@@ -140,13 +131,13 @@ def decode(job, data, size, window):
         slice8 = ct.read_slice(os.path.join(data, file), window, header)
     except ct.Unusable as error:
         return error
-    image = Image.fromarray(slice8)
-    small = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    bilinear = Image.Resampling.BILINEAR
+    small = Image.fromarray(slice8).resize((size, size), bilinear, reducing_gap=1.0)
     return slice_hash(slice8), small.tobytes()
 
 
 def write_npy_header(file, n, size):
-    """Of the same length for any n: NumPy leaves room for the first axis to grow."""
+    """Write a header of one length for any n: NumPy leaves room for the first axis to grow."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -162,9 +153,9 @@ def write_csv(path, lines):
 def report(store):
     """Print what a store holds, why files were left out and, on stderr, what is odd in it."""
     out = store.path.parent
-    held = f"{plural(len(store.slices), 'slice')} of {plural(len(store.names), 'volume')}"
-    print(f"{held}; {plural(store.skipped, 'file')} skipped, see {out / 'skipped.csv'}")
     kinds = Counter(line["reason"].split(":")[0] for line in read_lines(out / "skipped.csv"))
+    held = f"{len(store.slices)} slices, {len(store.names)} volumes; {kinds.total()} files skipped"
+    print(f"{held}, see {out / 'skipped.csv'}")
     for kind, files in kinds.most_common(SHOWN):
         print(f"  {files} skipped: {kind}")
     warnings = read_json(out / "store.json")["warnings"]
@@ -174,25 +165,17 @@ def report(store):
         print(f"warning: {len(warnings)} such: see {out / 'store.json'}", file=sys.stderr)
 
 
-def plural(n, noun):
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 # --- Reading a store and its selections.
 
 
 def read_store(out, settings=None):
-    """The Store in the folder out; stops with one line if it is damaged, or of other code.
-
-    settings: where it must be of these too.
-    """
+    """The Store in out; one line if it is damaged, or was made otherwise (settings: if given)."""
     out = Path(out)
     made = read_json(out / "store.json")
     refuse_other(out, made, settings or made.get("settings", {}), REMEDY)
     try:
         slices = np.load(out / "slices.npy", mmap_mode="r")
         lines = list(read_lines(out / "slices.csv"))
-        skipped = sum(1 for _ in read_lines(out / "skipped.csv"))
     except (OSError, ValueError, EOFError) as error:
         fail(f"{out}: damaged ({error}): {REMEDY}")
     if len(lines) != len(slices):
@@ -200,7 +183,7 @@ def read_store(out, settings=None):
     hashes = np.array([int(line["dhash"], 16) for line in lines], np.uint64)
     sizes = Counter(line["volume"] for line in lines)
     volumes = np.split(np.arange(len(lines)), np.cumsum([*sizes.values()])[:-1])
-    return Store(out / "slices.npy", slices, hashes, [*sizes], volumes, skipped)
+    return Store(out / "slices.npy", slices, hashes, [*sizes], volumes)
 
 
 def store_digest(out):
@@ -219,10 +202,7 @@ def read_lines(path):
 
 
 def read_selection(path):
-    """NAME.csv -> Selection, with the store that lies beside it.
-
-    Stops with one line if it is no selection, not one of that store, or made by other code.
-    """
+    """NAME.csv -> Selection, with the store beside it; one line if it is none, or of another."""
     path = Path(path)
     if not path.is_file() or not (path.parent / "store.json").is_file():
         fail(f"{path}: no such selection, or no store beside it: {AGAIN}")

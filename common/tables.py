@@ -32,9 +32,8 @@ A run is one pre-training (for scratch: one set of random weights). AUC: mean ov
 [95 % interval]: a t interval over runs with the test images added: the variance between runs, taken
 as equal for all rows of a table, and that of a bootstrap of whole groups of test images, by class;
 too narrow with fewer than 20 groups. A row with one run says nothing about other runs: its interval
-covers images only, and it has no p. Where few labels were drawn, all hold for these draws. Repeats
-of cross-validation average out the luck of the split; they are no new data. Holm: p corrected for
-all differences of its table, not for other tables."""
+covers images only, and it has no p. Draws of labels and repeats of cross-validation average out
+their luck; they are no new data. Holm: p corrected for all differences of its table alone."""
 PAPER = {  # task: its name there, AUC of ALL and of reduced data in the abstract
     "covid-ct": ("COVID-CT", 0.78, 0.83),
     "organ": ("OrganSMNIST", 0.97, 0.98),
@@ -110,12 +109,8 @@ def read_draws(results):
     """{identity of a line: its record}; its "draws" and "parts" are AUCs, NaN for none."""
     records = {}
     for record in read_json(draws_file(results), lines=True):
-        if not {*IDENTITY} <= {*record}:
-            fail(
-                f"{draws_file(results)}: of another version of evaluate.py: give another --results"
-            )
         for key in ("draws", "parts"):
-            record[key] = PRECISION * np.array(record.get(key, []), float)
+            record[key] = PRECISION * np.array(record[key], float)
         records[identity(record)] = record
     return records
 
@@ -164,26 +159,17 @@ def read_tables(results):
     if not of_tables:
         fail(f"{results}: holds no results: evaluate.py TASK ... --results CSV makes some")
     records = read_draws(results)
-    return {key: table_of(results, lines, records) for key, lines in of_tables.items()}
+    return {key: table_of(lines, records) for key, lines in of_tables.items()}
 
 
-def table_of(results, lines, records):
-    for line in lines:
-        settings = lines[0]["settings"], line["settings"]
-        if len(set(settings)) > 1:
-            refuse_to_compare(results, lines[0], line, ", ".join(settings))
+def table_of(lines, records):
     runs = runs_of(lines)
     aucs = {
-        name: np.array([np.mean([float(line["auc"]) for line in run]) for run in runs[name]])
-        for name in runs
+        name: np.array([np.mean([float(line["auc"]) for line in run]) for run in row])
+        for name, row in runs.items()
     }
-    covariance, groups = image_part(results, runs, records)
+    covariance, groups = image_part(runs, records)
     return Table(lines, aucs, covariance, groups, auc.variance_between_runs(aucs.values()))
-
-
-def refuse_to_compare(results, line, other, why):
-    rows = " and ".join(f"{each['name']} seed {each['seed']}" for each in (line, other))
-    fail(f"{results}: {line['task']}: {rows} cannot be compared ({why}): evaluate them alike")
 
 
 def runs_of(lines):
@@ -195,21 +181,17 @@ def runs_of(lines):
     return {name: list(runs[name].values()) for name in runs}
 
 
-def image_part(results, runs, records):
+def image_part(runs, records):
     """(auc.image_covariance of the rows, groups of test images); both 0 where draws are missing."""
     lines = [line for row in runs.values() for run in row for line in run]
     if any(identity(line) not in records for line in lines):
         return np.zeros((len(runs), len(runs))), 0
-    first = records[identity(lines[0])]
-    for line in lines:
-        if records[identity(line)]["tested"] != first["tested"]:
-            refuse_to_compare(results, lines[0], line, "other test images")
 
     def draws_of(run):
         return np.mean([records[identity(line)]["draws"] for line in run], axis=0)
 
     draws = [np.array([draws_of(run) for run in row]) for row in runs.values()]
-    return auc.image_covariance(draws), first["groups"]
+    return auc.image_covariance(draws), records[identity(lines[0])]["groups"]
 
 
 # --- Markdown.
@@ -243,20 +225,24 @@ def title(key):
 def rows_and_power(table, baseline):
     """The table, and what its differences could have shown: paragraphs."""
     head = ["row", *COST, "runs", f"AUC ({table.images()})"]
-    lines = []
+    lines = {}
     for name, aucs in table.aucs.items():
         cost = table.cost(name)
         costs = [f"{cost[column]:{COST[column]}}" if cost else "-" for column in COST]
-        lines.append([name, *costs, len(aucs), auc_cell(table, name)])
+        lines[name] = [name, *costs, len(aucs), auc_cell(table, name)]
     others = [name for name in table.aucs if name != baseline]
     if baseline not in table.aucs or not others:
         why = f"No difference: it takes a row {baseline} (or `--baseline ROW`) and another one."
-        return [markdown([head, *lines]), why]
+        return [markdown([head, *lines.values()]), why]
     differences = {name: table.estimate({name: 1, baseline: -1}) for name in others}
-    cells = difference_cells(table, differences)
-    lines = [line + cells.get(line[0], ["-"] * 3) for line in lines]
+    tested = [name for name in others if differences[name].p is not None]
+    corrected = dict(zip(tested, auc.holm([differences[name].p for name in tested]), strict=True))
+    for name, difference in differences.items():
+        value = f"{difference.value:+.3f}{interval_text(table, difference, '+.3f')}"
+        lines[name] += [value, p_text(difference.p), p_text(corrected.get(name))]
+    lines[baseline] += ["-"] * 3
     head += [f"difference to {baseline}", "p", "Holm"]
-    return [markdown([head, *lines]), power(baseline, differences.values())]
+    return [markdown([head, *lines.values()]), power(baseline, differences.values())]
 
 
 def auc_cell(table, name):
@@ -275,17 +261,6 @@ def interval_text(table, estimate, style):
     return text + (" images only" if estimate.runs == 1 else "")
 
 
-def difference_cells(table, differences):
-    """{row: [difference with its interval, p, p after Holm]} as text."""
-    tested = [name for name in differences if differences[name].p is not None]
-    corrected = dict(zip(tested, auc.holm([differences[name].p for name in tested]), strict=True))
-    cells = {}
-    for name, difference in differences.items():
-        text = f"{difference.value:+.3f}{interval_text(table, difference, '+.3f')}"
-        cells[name] = [text, p_text(difference.p), p_text(corrected.get(name))]
-    return cells
-
-
 def p_text(p):
     if p is None:
         return "-"
@@ -298,10 +273,8 @@ def power(baseline, differences):
     if not detectable:
         return "No p: a difference needs 2 pre-training runs or more of both rows."
     return (
-        f"A row and {baseline} cannot be told apart below a true difference of "
-        f"{np.median(detectable):.3f} ({min(detectable):.3f} to {max(detectable):.3f}, by row): "
-        "it takes that to find p < 0.05, uncorrected, with 80 % power from these runs and images. "
-        f"Holm corrects for the {len(detectable)} p of this table."
+        f"A row and {baseline} cannot be told apart (p < 0.05, uncorrected, with 80 % power) below "
+        f"a true difference of {np.median(detectable):.3f}, the median over rows."
     )
 
 

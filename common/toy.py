@@ -14,16 +14,15 @@ import numpy as np
 import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from common.files import Flags, digest, number, read_json, refuse_other, run_script
+from common.files import Flags, digest, read_json, refuse_other, run_script
 
 PADDING = -2000  # stored value outside the field of view
-LONG = 2000  # half axis along z of what goes on from slice to slice
 
-# Ellipsoids, painted in this order: centre x, y, z; half axes; HU.
+# Ellipsoids, painted in this order: centre x, y, z; half axes; HU. Long ones are tubes.
 ORGANS = {
-    "skin and fat": (0, 0, 210, 175, 128, LONG, -95),
-    "muscle": (0, 0, 210, 155, 112, LONG, 50),
-    "inside": (0, -3, 210, 131, 90, LONG, -95),
+    "fat": (0, 0, 210, 175, 128, 2000, -95),
+    "muscle": (0, 0, 210, 155, 112, 2000, 50),
+    "inside": (0, -3, 210, 131, 90, 2000, -95),
     "left lung": (66, -6, 135, 56, 76, 150, -850),
     "right lung": (-66, -6, 135, 56, 76, 150, -850),
     "heart": (16, -36, 197, 56, 44, 58, 70),
@@ -32,30 +31,24 @@ ORGANS = {
     "spleen": (88, 26, 305, 32, 42, 55, 85),
     "left kidney": (58, 42, 372, 26, 30, 56, 110),
     "right kidney": (-58, 42, 384, 26, 30, 56, 110),
-    "vertebra": (0, 62, 210, 22, 22, LONG, 300),
+    "spine": (0, 62, 210, 22, 22, 2000, 300),
 }
 CLASSES = ("heart", "left lung", "right lung", "liver", "spleen", "left kidney")  # of toy-organ
-VESSELS = (-110, -70, -20, 1, 1, 10, 50), (110, 60, 260, 7, 7, 40, 50)  # of the lungs: from, to
 PATIENTS = {"train": range(20), "val": range(20, 28), "test": range(28, 44)}  # of a task
 
 
 def main():
     parser = Flags(prog="python -m common.toy", description=__doc__)
-    add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="where to write")
-    add("--patients", type=number(int, least=1), default=8, help="of the unlabelled cohort")
-    add("--seed", type=number(int, least=0), default=0, help="another seed, other patients")
-    args = parser.parse_args()
-    folder = args.folder
-    settings = {"patients": args.patients, "seed": args.seed}
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write")
+    folder = parser.parse_args().folder
     if folder.exists():
-        remedy = "remove it, or name another folder"
-        return refuse_other(folder, read_json(folder / "toy.json"), settings, remedy)
+        made = read_json(folder / "toy.json")
+        return refuse_other(folder, made, {}, "remove it, or name another folder")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    write_cohort(partial / "ct", args.patients, seed=args.seed)
-    write_tasks(partial, seed=args.seed)
-    made = {"settings": settings, "code": {"common/toy.py": digest("common/toy.py")}}
+    write_cohort(partial / "ct")
+    write_tasks(partial)
+    made = {"settings": {}, "code": {"common/toy.py": digest("common/toy.py")}}
     (partial / "toy.json").write_text(json.dumps(made))
     partial.rename(folder)
 
@@ -63,8 +56,8 @@ def main():
 def write_cohort(folder, patients=8, slices=60, size=128, seed=0):
     """Write folder/patient-XX/*.dcm: a series of `slices` slices of size x size pixels each.
 
-    Even patients: signed 16 bit, padded outside a circle. Odd patients: unsigned 12 bit. File
-    names do not follow z. Same arguments, same bytes.
+    Even patients: signed, padded outside a circle. Odd patients: unsigned 12 bit. File names do not
+    follow z. Same arguments, same bytes.
     """
     x = np.linspace(-180, 180, size)
     outside = np.hypot(x, x[:, None]) > 180
@@ -77,13 +70,11 @@ def write_cohort(folder, patients=8, slices=60, size=128, seed=0):
         patient_folder.mkdir(parents=True)
         for i, name in enumerate(rng.permutation(slices)):
             z = round(top + spacing * i, 4)
-            hu = render(phantom, z, x, x, rng)
-            stored = np.rint(hu + 1024).clip(0, 4095).astype(np.uint16)
+            stored = np.rint(render(phantom, z, x, x, rng) + 1024).clip(0, 4095).astype(np.uint16)
             if patient % 2 == 0:
                 stored = np.where(outside, PADDING, stored.astype(np.int16))
-            write_slice(
-                patient_folder / f"slice-{name:04d}.dcm", stored, f"toy {seed} {patient}", i, z
-            )
+            path = patient_folder / f"slice-{name:04d}.dcm"
+            write_slice(path, stored, f"toy {seed} {patient}", i, z)
 
 
 def write_slice(path, stored, series, number, z):
@@ -114,17 +105,15 @@ def write_tasks(folder, size=64, seed=0):
     For SPLIT train, val and test: SPLIT_images uint8 [N, size, size], each over its own range,
     and SPLIT_labels uint8 [N, 1]. No patient of the tasks is in the cohort.
     """
-    side = np.linspace(-0.5, 0.5, size)
     for task, make_image in (("toy-lesion", lesion_slice), ("toy-organ", organ_crop)):
         arrays = {}
         for split, patients in PATIENTS.items():
-            images = []
-            labels = []
+            images, labels = [], []
             for patient in patients:
                 rng = np.random.default_rng([seed, 1, patient])  # 0 in the cohort
                 phantom = make_phantom(rng)
                 for _ in range(15):
-                    image, label = make_image(phantom, side, rng)
+                    image, label = make_image(phantom, np.linspace(-0.5, 0.5, size), rng)
                     images.append(np.rint(255 * (image - image.min()) / np.ptp(image)))
                     labels.append([label])
             arrays[f"{split}_images"] = np.array(images, np.uint8)
@@ -133,12 +122,12 @@ def write_tasks(folder, size=64, seed=0):
 
 
 def lesion_slice(phantom, side, rng):
-    """A slice in HU through the lungs, and 1 if it holds 2 to 4 dense patches there, else 0."""
+    """A slice in HU through the lungs, and 1 if it holds dense patches there, else 0."""
     x = side * 300
     image = render(phantom, rng.uniform(60, 180), x, x, rng)
     label = rng.integers(2)
     in_lung = (image < -700) & (np.hypot(x / 125, x[:, None] / 90) < 1)  # not the air around
-    for row, column in rng.choice(np.argwhere(in_lung), label * rng.integers(2, 5)):
+    for row, column in rng.choice(np.argwhere(in_lung), 3 * label):
         distance = np.hypot(x - x[column], x[:, None] - x[row]) / rng.uniform(8, 30)
         image += 750 * np.exp(-(distance**2)) * in_lung
     return image, label
@@ -154,11 +143,11 @@ def organ_crop(phantom, side, rng):
 
 
 def make_phantom(rng):
-    """One patient's ellipsoids, [N, 7]: those of ORGANS, shifted and stretched, then vessels."""
+    """One patient's ellipsoids, [N, 7]: those of ORGANS, shifted and stretched."""
     organs = np.array(list(ORGANS.values()), float)
     organs[:, :3] += rng.normal(0, (2.5, 2.5, 5), (len(organs), 3))
     organs[:, 3:6] *= rng.uniform(0.9, 1.1, (len(organs), 3))
-    return np.concatenate([organs, rng.uniform(*VESSELS, (150, 7))])
+    return organs
 
 
 def render(phantom, z, x, y, rng):
@@ -168,16 +157,14 @@ def render(phantom, z, x, y, rng):
     x, y = np.meshgrid(x, y)
     x = x + 6 * np.sin(y / 23 + z / 25)  # waves bend every outline, from slice to slice
     y = y + 6 * np.sin(x / 25 + z / 25)
-    for i, (middle_x, middle_y, middle_z, a, b, c, hu) in enumerate(phantom):
+    for middle_x, middle_y, middle_z, a, b, c, hu in phantom:
         if abs(z - middle_z) < c:
-            cut = np.sqrt(1 - abs((z - middle_z) / c) ** 3)  # blunt ends: long ones are tubes
+            cut = np.sqrt(1 - abs((z - middle_z) / c) ** 3)
             distance = np.hypot((x - middle_x) / a, (y - middle_y) / b)
             inside = (cut - distance) * min(a, b) / pixel + 0.5  # edges cover pixels in part
-            where = i < len(ORGANS) or image < -600  # vessels: in the lungs
-            image += inside.clip(0, 1) * where * (hu - image)
-    noise = rng.standard_normal(image.shape, np.float32)
-    noise += (np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) / 2  # grains
-    return np.maximum(image + 15 * noise, -1024)
+            image += inside.clip(0, 1) * (hu - image)
+    image += 15 * rng.standard_normal(image.shape, np.float32)
+    return np.maximum(image, -1024)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Worker processes: results in order, memory bounded, gone when the main process is."""
+"""Worker processes: results in order, and gone when the main process is."""
 
 import os
 import signal
-from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
@@ -15,28 +14,18 @@ from threadpoolctl import threadpool_limits
 
 from common.files import fail
 
-AHEAD = 32  # jobs in work, or done and waiting for their turn
 
-
-def in_order(work, jobs, workers=None):
+def in_order(work, jobs, workers=None, batch=1):
     """Yield work(job) of every job, in order, from `workers` processes of one thread each.
 
-    workers: None: one a core. Stops with one line if one is killed. (joblib's would import the
-    package first, 0.5 s each, and outlive a killed main process by minutes.)
+    workers: None: one a core. batch: jobs handed over at once. Stops with one line if a process is
+    killed. (joblib's start half a second later, and outlive a killed main process by minutes.)
     """
-    pool = ProcessPoolExecutor(workers or cpu_count(), initializer=start_worker)
-    pending = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(work, job))
-            if len(pending) >= AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        fail("a worker process was killed, perhaps for want of memory: try --workers 1")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(workers or cpu_count(), initializer=start_worker) as pool:
+        try:
+            yield from pool.map(work, jobs, chunksize=batch)
+        except BrokenProcessPool:
+            fail("a worker process was killed, perhaps for want of memory: try --workers 1")
 
 
 def start_worker():
