@@ -38,7 +38,7 @@ C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on 
 FIXED_C = 1e-2  # where no validation split is used; few labels may want a larger one
 # flags that decide nothing or have a column; all others are settings, some of fine-tuning alone
 NO_SETTINGS = ["data", "encoder", "results", "seeds", "device", "draws", "repeats", *KEY]
-FINETUNE = ["epochs", "freeze_epochs", "lr", "weight_decay", "batch_size", "precision"]
+FINETUNE = "epochs freeze_epochs lr lr_after weight_decay batch_size precision".split()
 
 
 def main():
@@ -61,7 +61,8 @@ def main():
         for share, line in lines.items():
             started = time.perf_counter()
             if args.protocol == "finetune":
-                scores = finetune(task, seed, source, args)
+                network = encoder.load_encoder(source, args.arch, seed)
+                scores = finetune(network, task, split_of(task), seed, args)
             else:
                 scores = probe(features, task, folds, share, args.draws)
             finish_line(args, task, line, scores, time.perf_counter() - started)
@@ -150,9 +151,10 @@ def finish_line(args, task, line, scores, seconds):
     labels, groups = task.labels[tested], task.groups[tested]
     line = line | {"train": train, "val": val, "test": len(tested), "seconds": f"{seconds:.1f}"}
     line |= measure(labels, probabilities, args.folds or 1)
-    add_line(args.results, line, tested, labels, groups, probabilities)
-    name = scores_file(args.results, line).stem
-    print(f"{name}: AUC {line['auc']}  F1 {line['f1']}  {line['seconds']} s", flush=True)
+    if not is_done(args.results, line):  # by another evaluation in the meantime
+        add_line(args.results, line, tested, labels, groups, probabilities)
+        name = scores_file(args.results, line).stem
+        print(f"{name}: AUC {line['auc']}  F1 {line['f1']}  {line['seconds']} s", flush=True)
 
 
 def measure(labels, probabilities, folds=1):
@@ -249,13 +251,11 @@ def fit_and_predict(features, task, scaled_on, train, test):
 # --- Fine-tuning.
 
 
-def finetune(task, seed, source, args):
+def finetune(network, task, split, seed, args):
     """The paper's protocol: encoder and linear layer, the encoder frozen at first; as probe.
 
     The weights of the epoch with the best validation accuracy, the first of equals, are tested.
     """
-    split = split_of(task)
-    network = encoder.load_encoder(source, args.arch, seed)
     torch.manual_seed(seed)
     model = nn.Sequential(network, nn.Linear(network.inplanes, len(task.classes)))
     model.to(args.device, memory_format=torch.channels_last)
@@ -265,6 +265,9 @@ def finetune(task, seed, source, args):
     best_accuracy = -1.0
     for epoch in tqdm(range(args.epochs), f"{args.name} seed {seed}", unit="epoch"):
         freeze(network, epoch < args.freeze_epochs)
+        # Lightning's BackboneFinetuning (official code) lowers it an epoch after the thaw, for all
+        [group] = optimizer.param_groups
+        group["lr"] = args.lr if epoch <= args.freeze_epochs else args.lr_after
         shuffled = train[torch.randperm(len(train), generator=generator)]
         train_epoch(model, optimizer, task, shuffled, generator, args)
         predicted = predict(model, task, split["val"], args).argmax(1)
@@ -293,9 +296,9 @@ def train_epoch(model, optimizer, task, shuffled, generator, args):
     labels = torch.from_numpy(task.labels)
     for batch in shuffled.tensor_split(math.ceil(len(shuffled) / args.batch_size)):
         images = torch.from_numpy(task.images)[batch]
-        if task.vertical_flip:
+        if task.flip:
             flip = torch.rand(len(batch), generator=generator) < 0.5
-            images[flip] = images[flip].flip(1)
+            images[flip] = images[flip].flip(2)
         outputs = forward(model, images, task, args)
         loss = nn.functional.cross_entropy(outputs, labels[batch].to(args.device))
         optimizer.zero_grad()
@@ -365,7 +368,9 @@ def add_flags(parser):
     frozen = f"first epochs, which train batch norm and the linear layer alone; {default}"
     add("--epochs", type=count, default=70, help=default)
     add("--freeze-epochs", type=number(int, least=0), default=10, help=frozen)
-    add("--lr", type=number(least=1e-12), default=1e-4, help=f"of Adam; {default}")
+    rate = number(least=1e-12)
+    add("--lr", type=rate, default=1e-4, help=f"of Adam, up to the first unfrozen epoch; {default}")
+    add("--lr-after", type=rate, default=2e-5, help=f"from the next epoch on; {default}")
     add("--weight-decay", type=number(least=0), default=5e-4, help=default)
     add("--batch-size", type=count, default=64, help=default)
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=default)

@@ -31,12 +31,12 @@ class Task(NamedTuple):
     hashes: np.ndarray  # uint64 [N], of the images in their full size
     mean: float = 0.5  # of the values in 0..1; used by fine-tuning
     std: float = 0.5
-    vertical_flip: bool = False  # augmentation of fine-tuning
+    flip: bool = False  # left-right, in half of the views of fine-tuning
 
     @property
     def digest(self):
         """8 hex digits that change with images, labels, groups, split and augmentation."""
-        sha = hashlib.sha256(repr((self.mean, self.std, self.vertical_flip)).encode())
+        sha = hashlib.sha256(repr((self.mean, self.std, self.flip)).encode())
         for array in (self.images, self.labels, self.groups, self.split):
             if array is not None:
                 sha.update(array.tobytes())
@@ -59,9 +59,11 @@ def load_task(name, data, size):
     if name not in lists:
         return load_npz("*organ*.npz" if name == "organ" else f"{name}.npz", data, size)
     task = load_images(lists[name](data), data, size)
-    if name == "covid-ct":  # official code, one value for its three channels
-        return task._replace(mean=0.56, std=0.2907, vertical_flip=True)
-    return task
+    if name == "images":
+        return task
+    # official code for COVID-CT and brain CT, one value for its three channels; it flips top and
+    # bottom, but its loader has transposed the images
+    return task._replace(mean=0.56, std=0.2907, flip=True)
 
 
 def list_images(data):

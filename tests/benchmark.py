@@ -189,7 +189,7 @@ def evaluate_part(args, _):
     precision = choose_precision("auto", device, args.size)
     n = args.steps * args.batch_size
     images = np.random.default_rng(0).integers(0, 256, (n, args.size, args.size), dtype=np.uint8)
-    task = Task(images, np.arange(n) % 2, ["0", "1"], None, np.arange(n), [], vertical_flip=True)
+    task = Task(images, np.arange(n) % 2, ["0", "1"], None, np.arange(n), [], flip=True)
     network = load_encoder("scratch", args.arch, 0)
     model = torch.nn.Sequential(network, torch.nn.Linear(network.inplanes, 2))
     model.to(device, memory_format=torch.channels_last).train()
