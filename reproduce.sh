@@ -59,17 +59,16 @@ main() {
       --test | --install) mode=${1#--} ;;
       --data | --out | --results | --seeds | --rows | --reduce | --pretrain | --evaluate)
         [ $# -gt 1 ] || stop "$1 needs a value"
-        printf -v "${1#--}" %s "$2"
-        shift ;;
+        printf -v "${1#--}" %s "$2"; shift ;;
       *) stop "$1 is not an option" ;;
     esac
     shift
   done
   if [ -n "$data" ]; then mode=real data=$(cd "$data" && pwd); fi
-  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also through a link
   install
   if [ "$mode" = test ]; then cd "$here" && exec "$python" -m pytest -q tests; fi
-  if [ "$mode" = install ]; then exit; fi
+  [ "$mode" != install ] || exit 0
   "settings_for_$mode"
   rows=$(echo ${rows:-$(row_names)}) # on one line
   for name in $rows; do [[ " $(row_names) " == *" $name "* ]] || stop "--rows: $name is not a row"; done
@@ -87,6 +86,7 @@ main() {
 
 install() {
   python=${PYTHON:-$here/.venv/bin/python}
+  if [[ $python == */* ]]; then python=$(realpath -sm "$python"); fi # the work is done in --out
   if [ -n "${PYTHON:-}" ] || cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then return; fi
   echo 'Installing requirements.txt into .venv (about 5 GB, minutes) ...'
   python3 -m venv "$here/.venv" || stop 'python3 -m venv failed: on Debian or Ubuntu, apt-get install python3-venv'

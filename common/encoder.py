@@ -40,7 +40,8 @@ def choose_device(name):
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        launched = torch.distributed.is_torchelastic_launched()
+        name = f"cuda:{os.environ['LOCAL_RANK'] if launched else 0}"
     try:
         device = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=device)
