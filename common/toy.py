@@ -122,13 +122,14 @@ def write_tasks(folder, size=64, seed=0):
 
 
 def lesion_slice(phantom, side, rng):
-    """A slice in HU through the lungs, and 1 if it holds dense patches there, else 0."""
+    """A slice in HU through the lungs, and 1 if its three dense patches are wide, else 0."""
     x = side * 300
     image = render(phantom, rng.uniform(60, 180), x, x, rng)
     label = rng.integers(2)
+    radii = (8, 30) if label else (2, 15)
     in_lung = (image < -700) & (np.hypot(x / 125, x[:, None] / 90) < 1)  # not the air around
-    for row, column in rng.choice(np.argwhere(in_lung), 3 * label):
-        distance = np.hypot(x - x[column], x[:, None] - x[row]) / rng.uniform(8, 30)
+    for row, column in rng.choice(np.argwhere(in_lung), 3):
+        distance = np.hypot(x - x[column], x[:, None] - x[row]) / rng.uniform(*radii)
         image += 750 * np.exp(-(distance**2)) * in_lung
     return image, label
 
