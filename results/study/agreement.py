@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.files import Flags, fail, run_script  # noqa: E402
-from common.reduction import expected_dose  # noqa: E402
-from common.store import read_selection  # noqa: E402
+from common.files import Flags, fail, run_script
+from common.reduction import expected_dose
+from common.store import read_selection
 
 
 def main():

@@ -14,19 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import auc
 from common.files import Flags, fail, run_script
-from common.tables import (
-    auc_cell,
-    identity,
-    interval_text,
-    markdown,
-    p_text,
-    read_draws,
-    read_tables,
-    title,
-)
-from results.study.figure import draw
+from common.tables import auc_cell, identity, markdown, p_text, read_draws, read_tables, title
+from results.study.figure import SELECTIONS, draw, lengths_of
 from results.study.make import PLAN
 
+RUNS = {row: runs for row, (_, _, runs) in PLAN.items()}
 OUTCOMES = {  # column: task, protocol, label share, folds
     "organ 1 %": ("organ", "linear", "0.01", ""),
     "organ 10 %": ("organ", "linear", "0.1", ""),
@@ -73,6 +65,7 @@ SECONDARY = [
 ]
 # Rows held against H1's rule of equivalence, to see whether it can fail.
 EQUIVALENCE = ["Hash-6", "Random-matched", "EveryN", "Redundant", "ALL-c32", "ALL-steps-x0.5"]
+INTERVAL = "[{:+.4f}, {:+.4f}]"
 FILES = """\
 ## Files
 
@@ -89,35 +82,46 @@ def main():
     parser.add_argument("results", type=Path, help="CSV of the runs that make.py made")
     parser.add_argument("--figure", type=Path, help="SVG file to write")
     args = parser.parse_args()
-    print(analysis(args.results))
+    tables = planned_tables(args.results)
+    print(analysis(tables, read_draws(args.results)))
     if args.figure:
-        key = OUTCOMES[PRIMARY]
-        draw(read_tables(args.results)[key], f"AUC: {title(key)}", args.figure)
+        draw(tables[PRIMARY], f"AUC: {title(OUTCOMES[PRIMARY])}", args.figure)
 
 
-def analysis(results):
-    """The whole analysis of a results.csv as one Markdown text."""
-    all_tables = read_tables(results)
-    tables = {column: all_tables.get(key) for column, key in OUTCOMES.items()}
-    table = tables[PRIMARY]
-    if table is None:
+def planned_tables(results):
+    """{column of OUTCOMES: Table} of a results.csv; by plan.md no p counts before all runs."""
+    held = read_tables(results)
+    tables = {column: held[key] for column, key in OUTCOMES.items() if key in held}
+    if PRIMARY not in tables:
         fail(f"{results}: holds no results of {title(OUTCOMES[PRIMARY])}")
+    for column, table in tables.items():
+        for row in RUNS | table.aucs:
+            made, planned = len(table.aucs.get(row, [])), RUNS.get(row, 0)
+            if made != planned:
+                why = f"{row} has {made} of {planned} planned runs"
+                fail(f"{results}: {column}: {why}: evaluate.py tables shows what there is")
+    return tables
+
+
+def analysis(tables, records):
+    """The whole analysis as one Markdown text. records: read_draws of the results."""
+    table = tables[PRIMARY]
+    lengths, lengths_to_reach = length_tables(table)
+    runs = sum(RUNS.values())
+    evaluations = "all evaluations" if len(tables) == len(OUTCOMES) else ", ".join(tables)
+    if not all(table.groups for table in tables.values()):
+        evaluations += "; where draws are missing, intervals cover runs only"
     paragraphs = [
-        how_many_runs(tables),
+        f"{runs} of {runs} planned runs, with {evaluations}.",
         "Intervals [95 %] cover other pre-training runs and other test images. They hold for one "
         "set of pre-training slices, for one selection Hash-6 of it, and for the draws of labels "
         "at hand, the same for all rows. They are not corrected for their number.",
-        *(
-            f"{column}: intervals cover runs only, as results-draws.jsonl lacks lines."
-            for column, table in tables.items()
-            if table and not table.groups
-        ),
         f"## Primary: organ ({table.images()}), 1 % of the training labels",
         "Difference in macro AUC. Holm: p corrected for these three; no other p is shown. Welch: p "
         "where each row has a variance of its own; a difference counts where both are small. "
         "Detectable: the true difference that these runs find with 80 % power, uncorrected. "
         "Labels: standard error over the draws of labels, which the interval leaves out.",
-        markdown(hypotheses_table(table, label_draws(results, table))),
+        hypotheses_table(table, records),
         "## Equivalence in H1",
         *equivalence(table),
         "## Hash-6 - ALL, split",
@@ -132,53 +136,35 @@ def analysis(results):
         "AUC: mean over runs ± their SD [95 % interval]; covid-ct and head-ct by 5 folds x 10 "
         "repeats, which add no new images, if not by the official split. Last: difference on "
         "organ, 1 % of the labels.",
-        markdown(rows_table(tables)),
+        rows_table(tables),
         "## Length",
         "Slices seen: in thousands, in batches of at most 128 (rows named double: 256). Minutes: "
         "wall time of pre-training, mean over runs; where runs shared a machine, they tell little.",
-        markdown(length_table(table)),
+        lengths,
         "Length that reaches the AUC of ALL's planned one: mean AUC by log steps, interpolated "
         "between the lengths above. Where lengths hardly differ, runs decide it.",
-        markdown(reach_table(table)),
+        lengths_to_reach,
         FILES,
     ]
     return "\n\n".join(paragraphs)
 
 
-# --- Differences, written as "Hash-6 - ALL".
-
-
 def weights_of(difference):
     """{"Hash-6": 1, "ALL": -1} of "Hash-6 - ALL"."""
     words = f"+ {difference}".split()
-    weights = {}
-    for sign, row in zip(words[::2], words[1::2], strict=True):
-        weights[row] = weights.get(row, 0) + {"+": 1, "-": -1}[sign]
-    return weights
-
-
-def runs(table, row):
-    return len(table.aucs.get(row, [])) if table else 0
+    weight = {"+": 1, "-": -1}
+    return {row: weight[sign] for sign, row in zip(words[::2], words[1::2], strict=True)}
 
 
 def estimate(table, difference):
-    """auc.Estimate of a difference, or of {row: weight}; None unless each row has two runs."""
-    weights = weights_of(difference) if isinstance(difference, str) else difference
-    several = min(runs(table, row) for row in weights) > 1
-    return table.estimate(weights) if several else None
-
-
-def difference_text(table, difference):
-    estimated = estimate(table, difference)
-    if estimated is None:
-        return "-"
-    return f"{estimated.value:+.4f}{interval_text(table, estimated, '+.4f')}"
+    return table.estimate(weights_of(difference))
 
 
 def cells(table, difference):
     """Rows, runs and difference, as text."""
-    of_each = ", ".join(str(runs(table, row)) for row in weights_of(difference))
-    return [difference, of_each, difference_text(table, difference)]
+    runs = ", ".join(str(len(table.aucs[row])) for row in weights_of(difference))
+    estimated = estimate(table, difference)
+    return [difference, runs, f"{estimated.value:+.4f} {INTERVAL.format(*estimated.interval)}"]
 
 
 def differences_table(head, table, differences):
@@ -186,96 +172,65 @@ def differences_table(head, table, differences):
     return markdown([[head, "rows", "runs", "difference"], *lines])
 
 
-def how_many_runs(tables):
-    done = sum(
-        min(planned, *(runs(table, row) for table in tables.values()))
-        for row, (_, _, planned) in PLAN.items()
-    )
-    of_plan = sum(planned for _, _, planned in PLAN.values())
-    text = f"{done} of {of_plan} planned runs, with all evaluations."
-    return text if done == of_plan else f"{text} **No p counts before all are made (plan.md).**"
-
-
-# --- H1 to H3.
-
-
-def hypotheses_table(table, draws):
-    """Lines of the primary table, its head first; below H3 what the paper predicts for it."""
-    estimates = {name: estimate(table, difference) for name, difference in HYPOTHESES.items()}
-    # a hypothesis that cannot be tested yet counts with p = 1, which makes Holm strictest
-    holm = auc.holm([tested.p if tested else 1 for tested in estimates.values()])
+def hypotheses_table(table, records):
     lines = [["", "rows", "runs", "difference", "p", "Holm", "Welch", "detectable", "labels"]]
-    for (name, tested), corrected in zip(estimates.items(), holm, strict=True):
-        difference = HYPOTHESES[name]
-        of_tests = ["-"] * 4
-        if tested:
-            p_values = tested.p, corrected, welch(table, difference).p
-            of_tests = [*map(p_text, p_values), f"{tested.detectable:.4f}"]
-        lines.append([name, *cells(table, difference), *of_tests, label_error(draws, difference)])
-    predicted = cells(table, PREDICTED)
-    return [*lines, ["H3's gain at most, as the paper explains it", *predicted, *["-"] * 5]]
+    estimates = [estimate(table, difference) for difference in HYPOTHESES.values()]
+    corrected = auc.holm([tested.p for tested in estimates])
+    for i, (name, difference) in enumerate(HYPOTHESES.items()):
+        p_values = map(p_text, [estimates[i].p, corrected[i], welch(table, difference)])
+        detectable = f"{estimates[i].detectable:.4f}"
+        labels = label_error(table, difference, records)
+        lines.append([name, *cells(table, difference), *p_values, detectable, labels])
+    predicted = ["H3's gain at most, as the paper explains it", *cells(table, PREDICTED)]
+    return markdown([*lines, [*predicted, *["-"] * 5]])
 
 
 def welch(table, difference):
-    """auc.Estimate of a difference by the variance between runs of these two rows alone."""
-    between_runs = own_variance([table.aucs[row] for row in weights_of(difference)])
-    return estimate(table._replace(between_runs=between_runs), difference)
+    """p of a difference of two rows by the variance between the runs of these two alone.
 
-
-def own_variance(pair):
-    """In place of auc.variance_between_runs, for the difference of two rows: theirs (Welch 1947).
-
-    pair: the AUCs of the runs of each, 2 or more. (variance, degrees of freedom), such that the
-    error and freedom of auc.estimate are those of Welch's t test where there is no image part.
+    Without an image part auc.estimate with this variance and freedom is the t test of Welch 1947.
     """
+    pair = [table.aucs[row] for row in weights_of(difference)]
     parts = [np.var(aucs, ddof=1) / len(aucs) for aucs in pair]
     variance = sum(parts) / sum(1 / len(aucs) for aucs in pair)
-    if variance == 0:
-        return 0.0, 1
     squares = sum(part**2 / (len(aucs) - 1) for part, aucs in zip(parts, pair, strict=True))
-    return variance, sum(parts) ** 2 / squares
+    between_runs = variance, sum(parts) ** 2 / squares
+    return estimate(table._replace(between_runs=between_runs), difference).p
 
 
-def label_draws(results, table):
-    """{row: AUC with each draw of labels, mean over runs, [draws]}; empty where a line has none."""
-    records = read_draws(results)
-    of_runs = {}
-    for line in table.lines:
-        if identity(line) not in records:
-            return {}
-        of_runs.setdefault(line["name"], []).append(records[identity(line)]["parts"])
-    return {row: np.mean(parts, axis=0) for row, parts in of_runs.items()}
-
-
-def label_error(draws, difference):
+def label_error(table, difference, records):
     """Standard error, over the draws of labels, of a difference; runs' noise is part of it."""
-    weights = weights_of(difference)
-    if not set(weights) <= set(draws):
-        return "-"
-    differences = sum(weight * draws[row] for row, weight in weights.items())
-    if len(differences) < 2:
-        return "-"
-    return f"{stats.sem(differences):.4f}"
+    if not table.groups:
+        return "-"  # draws are missing
+    by_draw = 0
+    for row, weight in weights_of(difference).items():
+        parts = [records[identity(line)]["parts"] for line in table.lines if line["name"] == row]
+        by_draw += weight * np.mean(parts, axis=0)
+    return f"{stats.sem(by_draw):.4f}"
 
 
 def equivalence(table):
     """Whether Hash-6 - ALL is surely less than a third of what pre-training gains: paragraphs."""
-    tested, gain = estimate(table, HYPOTHESES["H1"]), estimate(table, GAIN)
-    if not tested or not gain:
-        return ["-"]
-    gained = f"{GAIN} = {difference_text(table, GAIN)}"
+    gain = estimate(table, GAIN)
+    gained = f"{GAIN} = {cells(table, GAIN)[-1]}"
     if gain.interval[0] <= 0:
         return [f"Equivalence is **not claimed**: pre-training may gain nothing here, {gained}."]
-    low, high = tested.interval_90
     claimed = "claimed" if within_margin(table, "Hash-6") else "not claimed"
+    tested = INTERVAL.format(*estimate(table, HYPOTHESES["H1"]).interval_90)
     text = (
-        f"Equivalence is **{claimed}**: the 90 % interval of "
-        f"Hash-6 - ALL is [{low:+.4f}, {high:+.4f}]; it would have to lie within "
-        f"±{gain.value / 3:.4f}, a third of {gained}, also with the error of that third. A "
-        "difference by H1 may be equivalent all the same: there is one, but a small one."
+        f"Equivalence is **{claimed}**: the 90 % interval of Hash-6 - ALL is {tested}; it would "
+        f"have to lie within ±{gain.value / 3:.4f}, a third of {gained}, also with the error of "
+        "that third. A difference by H1 may be equivalent all the same: there is one, but a small "
+        "one."
     )
     others = "The same rule for other rows; one that all of them pass would tell nothing."
-    return [text, others, markdown(equivalence_table(table, gain.value))]
+    lines = [["row - ALL", "runs", "90 % interval", "share of ALL - scratch", "within a third"]]
+    for row in EQUIVALENCE:
+        low, high = estimate(table, f"{row} - ALL").interval_90
+        share = f"up to {max(-low, high) / gain.value:.0%}"
+        verdict = "yes" if within_margin(table, row) else "no"
+        lines.append([row, len(table.aucs[row]), INTERVAL.format(low, high), share, verdict])
+    return [text, others, markdown(lines)]
 
 
 def within_margin(table, row):
@@ -286,88 +241,46 @@ def within_margin(table, row):
     """
     third = estimate(table, GAIN).value / 3
     low, high = estimate(table, f"{row} - ALL").interval_90
-    above = estimate(table, {row: 1, "ALL": -2 / 3, "scratch": -1 / 3}).interval_90[0]
-    below = estimate(table, {row: 1, "ALL": -4 / 3, "scratch": 1 / 3}).interval_90[1]
+    above = table.estimate({row: 1, "ALL": -2 / 3, "scratch": -1 / 3}).interval_90[0]
+    below = table.estimate({row: 1, "ALL": -4 / 3, "scratch": 1 / 3}).interval_90[1]
     return -third < low and high < third and above > 0 and below < 0
 
 
-def equivalence_table(table, gain):
-    lines = [["row - ALL", "runs", "90 % interval", "share of ALL - scratch", "within a third"]]
-    for row in EQUIVALENCE:
-        tested = estimate(table, f"{row} - ALL")
-        if tested is None:
-            lines.append([row, runs(table, row), "-", "-", "-"])
-            continue
-        low, high = tested.interval_90
-        share = f"up to {max(-low, high) / gain:.0%}"
-        verdict = "yes" if within_margin(table, row) else "no"
-        lines.append([row, runs(table, row), f"[{low:+.4f}, {high:+.4f}]", share, verdict])
-    return lines
-
-
-# --- All rows, and their lengths.
-
-
 def rows_table(tables):
-    """Planned rows first."""
     primary = tables[PRIMARY]
-    evaluated = [row for table in tables.values() if table for row in table.aucs]
     lines = [["row", "slices", "dose", "runs", *tables, "difference to ALL"]]
-    for row in dict.fromkeys([*PLAN, *evaluated]):
+    for row, planned in RUNS.items():
         cost = primary.cost(row)
         costs = [f"{cost['slices']:.0f}", f"{cost['dose']:.2f}"] if cost else ["-"] * 2
-        planned = f" of {PLAN[row][2]}" if row in PLAN else ", not planned"
-        aucs = [auc_cell(table, row) if runs(table, row) else "-" for table in tables.values()]
-        to_all = "-" if row == "ALL" else difference_text(primary, f"{row} - ALL")
-        lines.append([row, *costs, f"{runs(primary, row)}{planned}", *aucs, to_all])
-    return lines
+        aucs = [auc_cell(table, row) for table in tables.values()]
+        to_all = "-" if row == "ALL" else cells(primary, f"{row} - ALL")[-1]
+        lines.append([row, *costs, f"{planned} of {planned}", *aucs, to_all])
+    return markdown(lines)
 
 
-def lengths_of(table):
-    """{row: [(steps, its name, cost), ...] by steps} of the rows of several lengths."""
-    lengths = {}
-    for name in table.aucs:
-        cost = table.cost(name)
-        if cost:
-            lengths.setdefault(name.split("-steps")[0], []).append((cost["steps"], name, cost))
-    return {row: sorted(lengths[row]) for row in lengths if len(lengths[row]) > 1}
-
-
-def length_table(table):
-    lines = [["row", "steps", "slices seen", "minutes", "runs", PRIMARY]]
-    for row, lengths in lengths_of(table).items():
-        for steps, name, cost in lengths:
-            length = length_cells(row, cost, steps)
-            lines.append([name, *length, runs(table, name), auc_cell(table, name)])
-    return lines
-
-
-def length_cells(row, cost, steps):
-    """Steps, slices seen in them in thousands, and minutes, as text."""
-    # an epoch is cut into near-equal batches of at most the batch size
-    batches = math.ceil(cost["slices"] / (256 if row.endswith("double") else 128))
+def length_cells(cost, steps):
+    """Steps, slices seen in them in thousands, and minutes at the cost of a row, as text."""
+    # an epoch is cut into near-equal batches of at most 128
+    slices = steps * cost["slices"] / math.ceil(cost["slices"] / 128)
     minutes = cost["pretrain_seconds"] / 60 * steps / cost["steps"]
-    return [f"{steps:.0f}", f"{steps * cost['slices'] / batches / 1000:.1f}", f"{minutes:.2f}"]
+    return [f"{steps:.0f}", f"{slices / 1000:.1f}", f"{minutes:.2f}"]
 
 
-def reach_table(table):
-    """What it takes to reach the AUC of ALL."""
-    lines = [["row", "steps", "slices seen", "minutes"]]
-    target = np.mean(table.aucs.get("ALL", np.inf))
-    for row, lengths in lengths_of(table).items():
-        steps = [length[0] for length in lengths]
-        aucs = [np.mean(table.aucs[name]) for _, name, _ in lengths]
-        reached = next((i for i, value in enumerate(aucs) if value >= target), None)
-        if reached is None:
-            lines.append([row, f"more than {steps[-1]:.0f}", "-", "-"])
-            continue
-        needed, sign = steps[reached], "" if reached else "at most "
-        if reached:
-            ends = slice(reached - 1, reached + 1)
-            needed = math.exp(np.interp(target, aucs[ends], np.log(steps[ends])))
-        length = length_cells(row, lengths[reached][2], needed)
-        lines.append([row, *(sign + number for number in length)])
-    return lines
+def length_tables(table):
+    """AUC and cost of each length; what it takes to reach ALL's AUC, nan outside of the lengths."""
+    lines = [["row", "steps", "slices seen", "minutes", "runs", PRIMARY]]
+    reached = [["row", "steps", "slices seen", "minutes"]]
+    target = np.mean(table.aucs["ALL"])
+    for row in SELECTIONS:
+        steps, names = zip(*lengths_of(table, row), strict=True)
+        for name in names:
+            cost = table.cost(name)
+            length = length_cells(cost, cost["steps"])
+            lines.append([name, *length, RUNS[name], auc_cell(table, name)])
+        best = np.maximum.accumulate([np.mean(table.aucs[name]) for name in names])
+        needed = math.exp(np.interp(target, best, np.log(steps), left=np.nan, right=np.nan))
+        reached.append([row, *length_cells(table.cost(row), needed)])
+    return markdown(lines), markdown(reached)
 
 
 if __name__ == "__main__":

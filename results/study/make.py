@@ -18,9 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import files
 from common.tables import made_by, read_results
 
+# {out} is OUT, {seed} that of the run; selections may use Hash-6.csv and ALL's first encoder.
 ALL = "--strategy all"
 HASH_6 = "--strategy hash --threshold 6"
-MATCHED = "--strategy random --like HASH_6 --seed SEED"
+KEEP = "--keep {out}/slices/Hash-6.csv"
+MATCHED = "--strategy random --like {out}/slices/Hash-6.csv --seed {seed}"
+EMBEDDING = "--strategy embedding --encoder {out}/runs/ALL-seed-0/encoder.pt"
 C8, C32 = "--neighbours 8", "--neighbours 32"
 MASKED = "--mask-negatives 6"  # near-duplicates of a slice's volume
 MASKED_VOLUME = "--mask-negatives 64"  # all of it: a hash has 64 bits
@@ -40,11 +43,11 @@ PLAN = {  # row: flags of reduce.py, flags of pretrain.py, pre-training runs
     "ALL-c32-random": (ALL, f"{C32} {MASKED} --mask-random", 6),
     "ALL-double": (ALL, DOUBLE, 6),
     "ALL-c32-double": (ALL, f"{C32} {DOUBLE}", 6),
-    "EveryN": ("--strategy every-n --keep HASH_6", "", 3),
-    "SSIM-budget": ("--strategy ssim --keep HASH_6", "", 3),
-    "MI-budget": ("--strategy mi --keep HASH_6", "", 3),
-    "Embedding-budget": ("--strategy embedding --encoder ALL_0 --keep HASH_6", "", 3),
-    "Redundant": ("--strategy redundant --like HASH_6", "", 3),
+    "EveryN": (f"--strategy every-n {KEEP}", "", 3),
+    "SSIM-budget": (f"--strategy ssim {KEEP}", "", 3),
+    "MI-budget": (f"--strategy mi {KEEP}", "", 3),
+    "Embedding-budget": (f"{EMBEDDING} {KEEP}", "", 3),
+    "Redundant": ("--strategy redundant --like {out}/slices/Hash-6.csv", "", 3),
     "ALL-steps-x0.5": (ALL, "--steps 375", 4),
     "Hash-6-steps-x0.5": (HASH_6, "--steps 375", 4),
     "Random-matched-steps-x0.5": (MATCHED, "--steps 375", 4),
@@ -61,25 +64,20 @@ EVALUATIONS = [  # task and flags of evaluate.py
     "head-ct --folds 5 --repeats 10",
 ]
 REDUCE = "--size 128"
-PRETRAIN = (
-    "--arch resnet18 --size 64 --batch-size 128 --optimizer adamw --lr 0.001 --warmup 0.1 "
-    "--steps 750"
-)
-EVALUATE = "--protocol linear --arch resnet18 --size 64"
+NETWORK = "--arch resnet18 --size 64"
+PRETRAIN = f"{NETWORK} --batch-size 128 --optimizer adamw --lr 0.001 --warmup 0.1 --steps 750"
+EVALUATE = f"--protocol linear {NETWORK}"
 
 
 def main():
     parser = files.Flags(description=__doc__)
-    add, whole = parser.add_argument, files.number(int, least=1)
-    add("data", type=Path, metavar="DATA")
-    add("out", type=Path, metavar="OUT")
-    add("--jobs", type=whole, default=1, help="runs at a time, on a share of the cores")
-    add("--seeds", type=whole, default=12, help="at most so many runs a row")
-    add("--rows", nargs="+", choices=PLAN, default=list(PLAN), metavar="ROW", help="of the plan")
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--jobs", type=files.number(int, least=1), default=1, help="runs at a time")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.jobs, 1))
     with files.exclusive(args.out):
-        runs = runs_to_make(args)
+        runs = runs_to_make(args.out)
         # other selections need these two and the encoder of the first; and the CT may have changed
         select(args, "ALL", 0)
         select(args, "Hash-6", 0)
@@ -94,11 +92,12 @@ def main():
             list(pool.map(lambda run: make_run(args, *run), runs))
 
 
-def runs_to_make(args):
+def runs_to_make(out):
     """[(row, seed)] of the plan, seed by seed, less those of OUT/runs.jsonl."""
-    path = args.out / "runs.jsonl"
+    path = out / "runs.jsonl"
     records = {(made["row"], made["seed"]): made for made in files.read_json(path, lines=True)}
-    runs = [(row, s) for s in range(args.seeds) for row in args.rows if s < PLAN[row][2]]
+    most = max(number for *_, number in PLAN.values())
+    runs = [(row, seed) for seed in range(most) for row in PLAN if seed < PLAN[row][2]]
     for row, seed in set(runs) & set(records):
         made = f"{path}: {row} seed {seed}"
         files.refuse_other(made, records[row, seed], settings(row), "give another OUT")
@@ -118,16 +117,14 @@ def settings(row):
 def selection_of(args, row, seed):
     """Its file, named after the first row that has it."""
     name = next(other for other in PLAN if PLAN[other][0] == PLAN[row][0])
-    if "SEED" in PLAN[row][0]:
+    if "{seed}" in PLAN[row][0]:
         name += f"-seed-{seed}"
     return args.out / "slices" / f"{name}.csv"
 
 
 def select(args, row, seed):
     selection = selection_of(args, row, seed)
-    flags = settings(row)["reduce"].replace("SEED", str(seed))
-    hash_6, all_0 = selection.with_name("Hash-6.csv"), args.out / "runs/ALL-seed-0/encoder.pt"
-    flags = [{"HASH_6": hash_6, "ALL_0": all_0}.get(word, word) for word in flags.split()]
+    flags = [word.format(out=args.out, seed=seed) for word in settings(row)["reduce"].split()]
     log = args.out / "runs" / f"select-{selection.stem}.txt"
     call(log, "reduce.py", args.data / "ct", selection.parent, "--name", selection.stem, *flags)
 
