@@ -26,7 +26,6 @@ MATCHED = "--strategy random --like {out}/slices/Hash-6.csv --seed {seed}"
 EMBEDDING = "--strategy embedding --encoder {out}/runs/ALL-seed-0/encoder.pt"
 C8, C32 = "--neighbours 8", "--neighbours 32"
 MASKED = "--mask-negatives 6"  # near-duplicates of a slice's volume
-MASKED_VOLUME = "--mask-negatives 64"  # all of it: a hash has 64 bits
 DOUBLE = "--batch-size 256 --loss-groups 2"
 PLAN = {  # row: flags of reduce.py, flags of pretrain.py, pre-training runs
     "scratch": ("", "", 12),
@@ -39,7 +38,7 @@ PLAN = {  # row: flags of reduce.py, flags of pretrain.py, pre-training runs
     "ALL-c8-masked": (ALL, f"{C8} {MASKED}", 6),
     "ALL-c32": (ALL, C32, 6),
     "ALL-c32-masked": (ALL, f"{C32} {MASKED}", 6),
-    "ALL-c32-masked-volume": (ALL, f"{C32} {MASKED_VOLUME}", 6),
+    "ALL-c32-masked-volume": (ALL, f"{C32} --mask-negatives 64", 6),  # all: 64 bits
     "ALL-c32-random": (ALL, f"{C32} {MASKED} --mask-random", 6),
     "ALL-double": (ALL, DOUBLE, 6),
     "ALL-c32-double": (ALL, f"{C32} {DOUBLE}", 6),
