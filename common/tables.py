@@ -32,8 +32,9 @@ A run is one pre-training (for scratch: one set of random weights). AUC: mean ov
 [95 % interval]: a t interval over runs with the test images added: the variance between runs, taken
 as equal for all rows of a table, and that of a bootstrap of whole groups of test images, by class;
 too narrow with fewer than 20 groups. A row with one run says nothing about other runs: its interval
-covers images only, and it has no p. Draws of labels and repeats of cross-validation average out
-their luck; they are no new data. Holm: p corrected for all differences of its table alone."""
+covers images only, and it has no p. Where few labels were drawn, all hold for these draws. Repeats
+of cross-validation average out the luck of the split, and are no new data. Holm: p corrected for
+all differences of its table alone."""
 PAPER = {  # task: its name there, AUC of ALL and of reduced data in the abstract
     "covid-ct": ("COVID-CT", 0.78, 0.83),
     "organ": ("OrganSMNIST", 0.97, 0.98),
@@ -110,7 +111,7 @@ def read_draws(results):
     records = {}
     for record in read_json(draws_file(results), lines=True):
         for key in ("draws", "parts"):
-            record[key] = PRECISION * np.array(record[key], float)
+            record[key] = PRECISION * np.array(record.get(key, []), float)
         records[identity(record)] = record
     return records
 
