@@ -291,7 +291,7 @@ def freeze(network, frozen):
 
 
 def train_epoch(model, optimizer, task, shuffled, generator, args):
-    """One pass over the images, in this order, in batches of as equal size as can be."""
+    """One pass over the images in this order, in near-equal batches (paper: a smaller last one)."""
     model.train()
     labels = torch.from_numpy(task.labels)
     for batch in shuffled.tensor_split(math.ceil(len(shuffled) / args.batch_size)):
@@ -364,7 +364,9 @@ def add_flags(parser):
     share = {"type": number(least=1e-12, most=1), "nargs": "+", "default": [1.0], "metavar": "F"}
     add("--label-share", **share, help="of the training labels; several: a line each")
     add("--folds", type=number(int, least=2), help="cross-validation instead of the task's split")
-    add = parser.add_argument_group("finetune (defaults: the paper's)").add_argument
+    add = parser.add_argument_group(
+        "finetune (the paper's, but for batches and precision)"
+    ).add_argument
     frozen = f"first epochs, which train batch norm and the linear layer alone; {default}"
     add("--epochs", type=count, default=70, help=default)
     add("--freeze-epochs", type=number(int, least=0), default=10, help=frozen)
