@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from common import toy  # noqa: E402
+from common.encoder import load_encoder  # noqa: E402
+
+TINY_HASH = ["--strategy", "hash", "--size", 32]
 
 
 def write_covid_ct(folder, images=4):
@@ -52,9 +57,7 @@ def write_dicom():
         for tag, value in tags.items():
             if value is None:
                 del dataset[tag]
-            elif (
-                tag == "PixelPaddingValue" and value > 32767
-            ):  # as scanners do, beside signed pixels
+            elif tag == "PixelPaddingValue" and value > 32767:  # as beside signed pixels
                 dataset.add_new(tag, "US", value)
             else:
                 setattr(dataset, tag, value)
@@ -78,6 +81,29 @@ def run():
         return done
 
     return call
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory, run):
+    """(a folder with ct/ of 3 toy patients and store/ with hash-6 and all, what hash-6 printed).
+
+    One file of ct/ is cut short.
+    """
+    folder = tmp_path_factory.mktemp("cohort")
+    toy.write_cohort(folder / "ct", patients=3, slices=20)
+    cut = sorted((folder / "ct").rglob("*.dcm"))[5]
+    cut.write_bytes(cut.read_bytes()[:-500])
+    printed = run("reduce.py", folder / "ct", folder / "store", *TINY_HASH).stdout
+    run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32)
+    return folder, printed
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """An encoder.pt with random weights."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(load_encoder("scratch", "resnet18", 0).state_dict(), path)
+    return path
 
 
 @pytest.fixture

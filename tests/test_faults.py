@@ -1,23 +1,107 @@
-"""Kills and full disks: one clear line, and nothing done is lost."""
+"""Kills and full disks: one clear line, and nothing done is lost.
 
+KILLS=20 python -m pytest tests/test_faults.py    # kills of every script, at random moments
+"""
+
+import csv
+import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
+import sys
+import time
 from functools import partial
 
-import faults
+import numpy as np
 import pytest
+from conftest import ROOT
+
+from common import toy
+
+KILLS = int(os.environ.get("KILLS", 0))
+SCRIPTS = ["reduce.py", "pretrain.py", "evaluate.py"] if KILLS else ["reduce.py"]  # quick to start
+# what differs between equal runs
+TIMES = {"seconds", "mtime_ns", "images_per_second", "waiting", "command", "pretrain_seconds"}
+SAVE_AFTER_EVERY_STEP = (
+    "import pretrain; from common.files import run_script; "
+    "pretrain.SAVE_EVERY = 0; run_script(pretrain.main)"
+)
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    return faults.commands(tmp_path_factory.mktemp("faults"))
+def commands(tmp_path_factory, cohort):
+    """{script: function of the output folder that gives its command}."""
+    data = tmp_path_factory.mktemp("faults")
+    toy.write_tasks(data, size=32)
+    small = ["--arch", "resnet18", "--size", 32, "--epochs"]
+    pretrain = ["-c", SAVE_AFTER_EVERY_STEP, cohort[0] / "store" / "hash-6.csv"]
+    training = [*small, 6, "--optimizer", "adamw", "--batch-size", 8]
+    evaluate = ["evaluate.py", "toy-organ", data, "--encoder", "scratch", "--seeds", 3]
+    ssim = ["--strategy", "ssim", "--keep", 0.2]
+    return {
+        "reduce.py": lambda out: ["reduce.py", cohort[0] / "ct", out, *ssim],
+        "pretrain.py": lambda out: [*pretrain, out, *training],
+        "evaluate.py": lambda out: [*evaluate, *small, 2, "--results", out / "results.csv"],
+    }
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path):
-    """tests/faults.py does this 20 times, also with pretrain.py and evaluate.py, slow to start."""
-    kills = list(faults.same_after_kills(commands["reduce.py"], tmp_path, 2, seed=3))
-    assert [different for _, different in kills] == [[], []]
+def start(command, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **output, **more)
+
+
+def finish(command):
+    process = start(command)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+
+
+def content(folder):
+    """{file: what it holds, without times} of everything below folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): without_times(path) for path in files}
+
+
+def without_times(path):
+    if path.suffix not in (".json", ".jsonl", ".csv"):
+        return path.read_bytes()
+    text = path.read_text()
+    if path.suffix == ".csv":
+        lines = list(csv.DictReader(text.splitlines()))
+    elif path.suffix == ".json":
+        lines = [json.loads(text)]
+    else:  # a kill may leave the bootstrap of a line that never came
+        lines = [json.loads(line) for line in dict.fromkeys(text.splitlines())]
+    return [{key: line[key] for key in line if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path, script):
+    command, out = commands[script], tmp_path / "killed"
+    started = time.perf_counter()
+    finish(command(tmp_path / "undisturbed"))
+    seconds = time.perf_counter() - started
+    expected = content(tmp_path / "undisturbed")
+    rng = np.random.default_rng(3)
+    kills = 0
+    while kills < (KILLS or 2):
+        process = start(command(out))
+        time.sleep(rng.uniform(0.2, 1) * seconds)
+        running = process.poll() is None
+        process.kill()
+        # ends with the last process that holds its output: workers must not wait for ever
+        process.communicate(timeout=20)
+        if running:
+            kills += 1
+            finish(command(out))
+            assert content(out) == expected
+        else:
+            seconds *= 0.9  # it is faster than the first
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def allow(size):
@@ -30,22 +114,17 @@ def allow(size):
     "script, limits",
     [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000]), ("evaluate.py", [100])],
 )
-def test_a_full_disk_gets_one_line_and_harms_nothing(
-    commands, tmp_path, monkeypatch, script, limits
-):
-    """With room again, reduce.py goes on to its end; that the others do, tests/faults.py shows."""
+def test_a_full_disk_gets_one_line_and_harms_nothing(commands, tmp_path, script, limits):
+    """With room again, reduce.py goes on to its end; that the others do, KILLS=20 shows."""
     out = tmp_path / "out"
     faster = ["--protocol", "linear", "--seeds", 1] if script == "evaluate.py" else []
-    popen = subprocess.Popen
     for limit in limits:
-        monkeypatch.setattr(subprocess, "Popen", partial(popen, preexec_fn=partial(allow, limit)))
-        process = faults.start([*commands[script](out), *faster])
+        process = start([*commands[script](out), *faster], preexec_fn=partial(allow, limit))
         printed = process.communicate()[0]
         assert process.returncode == 1, printed
         assert "error: " in printed and "Traceback" not in printed
-        for name in faults.content(out):
+        for name in content(out):
             # results.csv.lock stays: another evaluation may be waiting for it
             assert not name.endswith(".unfinished") and name != ".lock"
-    monkeypatch.undo()
     if script == "reduce.py":
-        faults.finish(commands[script](out))
+        finish(commands[script](out))

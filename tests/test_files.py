@@ -1,6 +1,5 @@
 """Files that are complete or absent, locks, flags' types, and what a product says of its making."""
 
-import argparse
 import fcntl
 
 import pytest
@@ -19,19 +18,13 @@ def keep(values, name=None):
 '''
 
 
-@pytest.fixture
-def digest_of(tmp_path, monkeypatch):
-    """digest_of(source): the digest of a file that holds it."""
+def test_a_digest_ignores_comments_layout_and_docstrings_only(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
 
-    def call(source):
+    def digest_of(source):
         (tmp_path / "file.py").write_text(source)
         return files.digest.__wrapped__("file.py")
 
-    return call
-
-
-def test_a_digest_ignores_comments_layout_and_docstrings_only(digest_of):
     expected = digest_of(SOURCE)
     same = SOURCE.replace("  # why", "").replace("A module.", "Other words.").replace("\n\n", "\n")
     assert digest_of(same) == digest_of(same.replace('    """What it does."""\n', "")) == expected
@@ -43,13 +36,12 @@ def test_a_digest_ignores_comments_layout_and_docstrings_only(digest_of):
 def test_code_names_the_imported_files_but_those_that_show():
     from common import reduction, tables  # noqa: F401
 
-    code = files.code("common/reduction.py")
-    assert "common/files.py" in code and "common/hashing.py" in code
-    assert not {"common/reduction.py", "common/tables.py"} & set(code)
-    assert not any("site-packages" in name for name in code)
+    code = files.code("common/reduction.py").keys()
+    assert code >= {"common/files.py", "common/hashing.py"}
+    assert not code & {"common/reduction.py", "common/tables.py"}
 
 
-def test_a_product_made_otherwise_is_refused_by_what_differs(capsys):
+def test_a_product_made_otherwise_is_refused_by_what_differs():
     settings = {"size": 32, "seed": 0}
     made = {"settings": settings, "code": files.code()}
     edited = made | {"code": {"common/files.py": "12345678", "common/gone.py": "12345678"}}
@@ -88,8 +80,7 @@ def test_what_a_killed_process_left_of_a_line_goes(tmp_path):
 def test_two_cannot_work_in_one_folder(tmp_path):
     with files.exclusive(tmp_path / "run"):
         with pytest.raises(SystemExit, match="another run is at work there"):
-            with files.exclusive(tmp_path / "run"):
-                pass
+            files.exclusive(tmp_path / "run").__enter__()
     assert not (tmp_path / "run").exists()  # nothing was made
 
 
@@ -104,28 +95,20 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    "flag", ["--size=0", "--size=8", "--share=0", "--share=1.01", "--share=nan"]
+    "flag", ["--size 0", "--size 8", "--share 0", "--share 1.01", "--share nan"]
 )
 def test_a_flag_outside_of_its_limits_is_one_line(flag):
     flags = files.Flags(prog="script.py")
     flags.add_argument("--size", type=files.number(int, least=1, most=7))
     flags.add_argument("--share", type=files.number(above=0, most=1))
-    expected = argparse.Namespace(size=7, share=0.01)
-    assert flags.parse_args(["--size", "7", "--share", "0.01"]) == expected
-    name, value = flag.split("=")
+    found = flags.parse_args("--size 7 --share 0.01".split())
+    assert (found.size, found.share) == (7, 0.01)
+    name, value = flag.split()
     with pytest.raises(SystemExit, match=f"{name}: {value}: must be .*see script.py --help"):
-        flags.parse_args([flag])
+        flags.parse_args([name, value])
 
 
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        (["reduce.py", "none", "out", "--strategy", "hash"], "error: none: no such folder"),
-        (["pretrain.py", "none.csv", "run"], "error: none.csv: no such selection"),
-        (["evaluate.py", "tables", "none.csv"], "error: none.csv: holds no results"),
-    ],
-)
-def test_a_scripts_error_is_one_line_and_no_traceback(run, command, message):
-    done = run(*command, ok=False)
-    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""
+def test_a_scripts_error_is_one_line_and_no_traceback(run):
+    done = run("reduce.py", "none", "out", "--strategy", "hash", ok=False)
+    assert done.stderr.startswith("error: none: no such folder") and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1

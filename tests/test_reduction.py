@@ -93,16 +93,13 @@ def test_greedy_compares_only_what_remains(threshold):
 
 
 @pytest.mark.parametrize("n, count", [(100, 10), (37, 4), (13, 1), (250, 30)])
-def test_baselines_keep_a_given_number(n, count):
+def test_baselines_keep_a_given_number_and_every_n_at_even_distances(n, count):
     group = group_of(random_walk(n))
     assert len(kept_by("random", group, count)) == count
     even = kept_by("every-n", group, count)
     assert len(even) == count and set(np.diff([*even, n])) <= {n // count, n // count + 1}
-
-
-def test_every_n_keeps_the_first_of_each_n():
-    representative, _ = STRATEGIES["every-n"].by_threshold(group_of(random_walk(10)), 4)
-    assert representative.tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    representative, _ = STRATEGIES["every-n"].by_threshold(group, 4)
+    assert representative.tolist() == [i // 4 * 4 for i in range(n)]
 
 
 def test_random_draws_every_slice_equally_often():

@@ -1,23 +1,33 @@
 """reproduce.sh, tiny: rows, going on, a path with spaces, flags that are refused."""
 
-import csv
+import json
 import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from common import toy
+from common.tables import read_results
+
 PRETRAIN = "--arch resnet18 --size 32 --batch-size 16 --steps 2 --optimizer adamw"
 EVALUATE = "--protocol linear --arch resnet18 --size 32 --seeds 2"
-ROWS = "ALL Random-matched"
+ROWS = "scratch Random-matched"
 TASKS = ("toy-lesion", "toy-organ")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, run):
-    """(its folder, its command, what it printed) of a copy of the project, in odd paths."""
+    """(its folder, its command, what it printed) of a copy of the project, in odd paths.
+
+    A smaller toy set lies there already, which common.toy leaves as it is.
+    """
     folder = tmp_path_factory.mktemp("a space & a |")
     code, out = folder / "the code", folder / "out & about"
+    toy.write_cohort(out / "toy" / "ct", patients=3, slices=12)
+    toy.write_tasks(out / "toy", size=32)
+    settings = {"patients": 8, "seed": 0}  # those of the real one
+    (out / "toy" / "toy.json").write_text(json.dumps({"settings": settings, "code": {}}))
     ignored = shutil.ignore_patterns(".*", "results", "tests", "__pycache__")
     shutil.copytree(ROOT, code, ignore=ignored)
     command = [code / "reproduce.sh", "--out", out, "--seeds", 2, "--rows", ROWS]
@@ -32,10 +42,9 @@ def test_every_row_is_in_the_tables_with_its_runs(made):
     for row in ROWS.split():
         lines = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
         assert len(lines) == 2 and all("±" in line for line in lines)  # a table a task
-    with open(out / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_results(out / "results.csv")
     assert [line["name"] for line in lines[::4]] == ROWS.split()
-    # a random row draws anew for every run, and is matched to Hash-6 all the same
+    # a random row draws anew for every run
     selections = [(out / "slices" / f"Random-matched-{seed}.csv").read_text() for seed in (0, 1)]
     assert selections[0] != selections[1]
 
@@ -50,48 +59,47 @@ def test_a_second_call_runs_nothing_but_the_tables(made, run):
 
 def test_what_is_deleted_is_made_again_to_the_same_bytes(made, run):
     out, command, _ = made
-    encoder = out / "runs" / "ALL-1" / "encoder.pt"
+    encoder = out / "runs" / "Random-matched-1" / "encoder.pt"
     before = encoder.read_bytes(), (out / "tables.md").read_text()
     shutil.rmtree(encoder.parent)
     for name in ("results.csv", "results-draws.jsonl"):
         (out / name).unlink()
     again = run(*command, program="bash").stdout
     made_again = [line for line in again.splitlines() if line.startswith("--- ")]
-    rows = [f"--- evaluate-{row}-{task}.npz" for row in ROWS.split() for task in TASKS]
-    assert made_again == ["--- pretrain-ALL-1", *rows]
-    assert encoder.read_bytes() == before[0]
-    columns = [line.split("|")[-5:] for line in before[1].splitlines()]  # without seconds
-    assert columns == [
-        line.split("|")[-5:] for line in (out / "tables.md").read_text().splitlines()
-    ]
+    expected = [f"--- evaluate-{row}-{task}.npz" for row in ROWS.split() for task in TASKS]
+    expected.insert(2, "--- pretrain-Random-matched-1")
+    assert made_again == expected
+    after = encoder.read_bytes(), (out / "tables.md").read_text()
+    assert after[0] == before[0]
+    columns = [[line.split("|")[-5:] for line in text.splitlines()] for _, text in (before, after)]
+    assert columns[0] == columns[1]  # without seconds
 
 
 def test_after_runs_of_other_flags_or_another_task_the_old_tables_are_not_printed(made, run):
     """Also where runs were deleted, as their refusal says, but not the results."""
     out, command, _ = made
-    for folder in (out / "runs").glob("ALL-*"):
+    for folder in (out / "runs").glob("Random-matched-*"):
         shutil.rmtree(folder)
     other = [*command, "--pretrain", f"{PRETRAIN} --temperature 0.5"]
     refused = run(*other, program="bash", ok=False)
     assert "of another encoder: give another --name" in refused.stderr
-    assert "| ALL |" not in refused.stdout
-
+    assert "| scratch |" not in refused.stdout
     path = out / "toy" / "toy-lesion.npz"
     arrays = dict(np.load(path))
     np.savez_compressed(path, **arrays | {"test_labels": arrays["test_labels"][::-1]})
     refused = run(*other, program="bash", ok=False)
-    assert "was made otherwise (data " in refused.stderr and "| ALL |" not in refused.stdout
+    assert "was made otherwise (data " in refused.stderr and "| scratch |" not in refused.stdout
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flag, value, message",
     [
-        (["--rows", "ALL Hash-x"], "--rows: Hash-x is not a row"),
-        (["--data", "nowhere"], "nowhere: No such file or directory"),
-        (["--nothing"], "--nothing is not an option"),
-        (["--out"], "--out needs a value"),
+        ("--rows", "ALL Hash-x", "--rows: Hash-x is not a row"),
+        ("--data", "nowhere", "nowhere: No such file or directory"),
+        ("--nothing", "", "--nothing is not an option"),
     ],
 )
-def test_wrong_flags_are_refused(tmp_path, run, flags, message):
-    done = run("reproduce.sh", "--out", tmp_path / "out", *flags, program="bash", ok=False)
-    assert message in done.stderr and not (tmp_path / "out").exists()
+def test_wrong_flags_are_refused(tmp_path, run, flag, value, message):
+    command = ["reproduce.sh", "--out", tmp_path / "out", flag, value]
+    assert message in run(*command, program="bash", ok=False).stderr
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,9 @@ from common.reduction import Group, by_hash
 from common.volumes import find_volumes, list_files
 
 
-def test_a_folder_that_exists_is_left_as_it_is(here, stopped, monkeypatch, tmp_path):
+def test_the_seed_decides_and_a_folder_that_exists_is_left_as_it_is(
+    here, stopped, monkeypatch, tmp_path
+):
     monkeypatch.setattr(toy, "write_cohort", partial(toy.write_cohort, slices=2, size=16))
     monkeypatch.setattr(toy, "write_tasks", lambda folder, seed: None)
     contents = []
@@ -22,11 +24,8 @@ def test_a_folder_that_exists_is_left_as_it_is(here, stopped, monkeypatch, tmp_p
     assert len(contents[0]) == 4 and contents[0] == contents[1]
     assert not set(contents[0]) & set(contents[2])
     monkeypatch.setattr(toy, "write_cohort", None)
-    assert here("common.toy", tmp_path / "a", "--patients", 2) == ""
+    here("common.toy", tmp_path / "a", "--patients", 2)
     assert "patients 2 -> 3" in stopped("common.toy", tmp_path / "a", "--patients", 3)
-    made = (tmp_path / "a" / "toy.json").read_text()
-    (tmp_path / "a" / "toy.json").write_text(made.replace('toy.py": "', 'toy.py": "1'))
-    assert "common/toy.py 1" in stopped("common.toy", tmp_path / "a", "--patients", 2)
 
 
 def test_neighbouring_slices_are_redundant(tmp_path):
@@ -39,7 +38,8 @@ def test_neighbouring_slices_are_redundant(tmp_path):
     for volume in volumes:
         slices = [ct.read_slice(tmp_path / file) for file in volume.files]
         hashes = np.array([int(hashing.slice_hash(slice8), 16) for slice8 in slices], np.uint64)
-        kept += len(np.unique(by_hash(Group(hashes, None, None, None), 6)[0]))
+        representative, _ = by_hash(Group(hashes, None, None, None), 6)
+        kept += len(np.unique(representative))
     assert 0.08 < kept / 120 < 0.25  # hash-6 keeps 14 % of the real CT of the README
 
 
