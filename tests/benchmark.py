@@ -1,8 +1,7 @@
 """How fast the package is, beside the plain way to do the same.
 
-    python tests/benchmark.py reduce --dicom DIR --volumes DIR
+    python tests/benchmark.py reduce --dicom DIR
     python tests/benchmark.py pretrain --volumes DIR
-    python tests/benchmark.py evaluate
 
 The sides of a comparison take turns (A B A B ...). Printed are medians (smallest to largest); a
 ratio is taken round by round. The plain way, plain_hash.py, needs what the package does not:
@@ -21,22 +20,17 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pydicom
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
 import pretrain  # noqa: E402
 from common import encoder  # noqa: E402
 from common.batches import stream  # noqa: E402
 from common.store import read_lines, read_selection  # noqa: E402
-from common.tasks import Task  # noqa: E402
 
-BARE = "forward, backward and optimiser alone"
 PLAIN = "the plain way in 1 process"
 
 
@@ -121,7 +115,8 @@ def pretrain_part(args, folder):
     bare = partial(bare_steps, args, model, optimizer, precision, inputs)
     ours()  # the first steps take longer
     title = f"pretrain.py, {args.arch}, {args.size} px, batch {args.batch_size}"
-    compare(title, args, {"ours": ours, BARE: bare}, 2 * args.batch_size * args.steps, "views")
+    sides = {"ours": ours, "forward, backward and optimiser alone": bare}
+    compare(title, args, sides, 2 * args.batch_size * args.steps, "views")
 
 
 def bare_steps(args, model, optimizer, precision, inputs):
@@ -135,39 +130,12 @@ def bare_steps(args, model, optimizer, precision, inputs):
     loss.item()
 
 
-# --- evaluate
-
-
-def evaluate_part(args, _):
-    """An epoch of fine-tuning, data included, beside the bare step."""
-    device = encoder.choose_device("auto")
-    precision = encoder.choose_precision("auto", device, args.size)
-    n = args.steps * args.batch_size
-    images = np.random.default_rng(0).integers(0, 256, (n, args.size, args.size), dtype=np.uint8)
-    task = Task(images, np.arange(n) % 2, ["0", "1"], None, np.arange(n), [], vertical_flip=True)
-    network = encoder.load_encoder("scratch", args.arch, 0)
-    model = torch.nn.Sequential(network, torch.nn.Linear(network.inplanes, 2))
-    model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=5e-4)
-    settings = SimpleNamespace(batch_size=args.batch_size, device=device)
-    settings.precision = str(precision).removeprefix("torch.")
-    epoch = [task, torch.arange(n), torch.Generator().manual_seed(0), settings]
-    ours = partial(evaluate.train_epoch, model, optimizer, *epoch)
-    ours()
-    inputs = encoder.to_input(torch.rand(args.batch_size, args.size, args.size, device=device))
-    bare = partial(bare_steps, args, model, optimizer, precision, inputs)
-    title = f"Fine-tuning, {args.arch}, {args.size} px"
-    compare(title, args, {"ours": ours, BARE: bare}, n, "images")
-
-
 # --- Measuring
 
 
 def compare(title, args, sides, amount, unit):
-    """Call the functions of {name: function} in turns; print their rates, and the first's ratios.
-
-    amount: what a call does, in units.
-    """
+    """Call the functions of {name: function} in turns, each of which does an amount in units; print
+    their rates, and the first's ratios."""
     if args.ours:
         sides = {name: call for name, call in sides.items() if name != PLAIN}
     rates = {name: [] for name in sides}
@@ -194,7 +162,7 @@ def run(*command):
     return subprocess.check_output([sys.executable, *map(str, command)], cwd=ROOT, text=True)
 
 
-PARTS = {"reduce": reduce_part, "pretrain": pretrain_part, "evaluate": evaluate_part}
+PARTS = {"reduce": reduce_part, "pretrain": pretrain_part}
 
 if __name__ == "__main__":
     main()

@@ -23,15 +23,15 @@ def write_covid_ct(folder, images=4):
     """COVID-CT's layout, with that many images of each class in each part of the split."""
     rng = np.random.default_rng(0)
     for kind in ("COVID", "NonCOVID"):
-        (folder / f"CT_{kind}").mkdir(parents=True)
-        (folder / "Data-split" / kind).mkdir(parents=True)
+        pictures, lists = folder / f"CT_{kind}", folder / "Data-split" / kind
+        pictures.mkdir(parents=True)
+        lists.mkdir(parents=True)
         for part in ("train", "val", "test"):
             names = [f"{part}{i}-p{i}-1%0.png" for i in range(images)]
             for name in names:
                 pixels = rng.integers(0, 256, (40, 30), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"CT_{kind}" / name)
-            listing = folder / "Data-split" / kind / f"{part}CT_{kind}.txt"
-            listing.write_text("\n".join(names))
+                Image.fromarray(pixels).save(pictures / name)
+            (lists / f"{part}CT_{kind}.txt").write_text("\n".join(names))
 
 
 @pytest.fixture

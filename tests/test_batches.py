@@ -67,8 +67,6 @@ def test_an_epoch_holds_every_slice_once_and_can_be_entered_anywhere(n, batch_si
 def test_the_order_is_one_of_shuffled_runs_of_its_own_in_every_epoch_and_seed(neighbours, together):
     """`together`: the share of slices that are followed by their neighbour in the volume."""
     chosen = selection(2000)
-    # the order does not even look at the slices, so it is the same for a set beyond memory
-    chosen = chosen._replace(store=chosen.store._replace(slices=None))
 
     def order(seed, epoch):
         args = flags(neighbours=neighbours, seed=seed)
@@ -106,7 +104,6 @@ def test_clusters_draw_one_member_of_each_anew_every_epoch():
         assert sorted(chosen.representative[drawn]) == chosen.kept.tolist()
     assert epochs[7] == members(1, 7) not in (epochs[6], members(2, 7), members(2, 6))
     assert batches.epoch_slices(chosen, "all", 1, 0).tolist() == list(range(200))
-    assert batches.batches_per_epoch(chosen, flags(sample="all")) == 13
     counts = np.bincount(list(chain(*epochs)), minlength=200)
     assert counts.min() > 0 and counts[10:190].max() < 25  # of 60, 1 in 9: none is preferred
 

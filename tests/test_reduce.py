@@ -8,12 +8,10 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
 
-from common import pictures, similarity
+from common import similarity
 from common.encoder import load_encoder
-from common.reduction import STRATEGIES, Strategy
-from common.store import read_lines, read_selection
+from common.store import read_lines
 
 
 @pytest.fixture
@@ -224,18 +222,6 @@ def test_every_selection_says_its_dose(store, selected):
     assert summary_of(store / "hash-6.json")["dose"] == 0
 
 
-def test_a_new_strategy_follows_from_one_line_of_the_table(store, selected, monkeypatch):
-    def middle(group, count):
-        first = (len(group.hashes) - count) // 2
-        return np.arange(first, first + count)
-
-    new = Strategy("those in the middle stay", by_count=middle, over_dataset=True)
-    monkeypatch.setitem(STRATEGIES, "middle", new)
-    assert selected("middle-keep-0.1", "middle")[1]["kept"] == 6  # where there is no default
-    kept, _ = selected("middle-keep-10-dataset", "middle --keep 10 --scope dataset")
-    assert kept_slices(kept) == list(range(24, 34))
-
-
 @pytest.mark.parametrize(
     "flags, line",
     [
@@ -245,40 +231,18 @@ def test_a_new_strategy_follows_from_one_line_of_the_table(store, selected, monk
         ("mi --threshold 5", "a similarity is between -1 and 1"),
         ("hash --encoder imagenet", "hash takes no --encoder"),
         ("embedding", "needs --encoder"),
-        ("embedding --encoder imagenet", "ImageNet weights of resnet50"),
         ("hash --threshold 2.5", "whole number, 0 to 64"),
         ("random --like {store}/hash-6.csv --scope dataset", "does not go with --scope dataset"),
         ("hash --keep 1.5", "is not a share"),
         ("random --keep 2", "must be 3 (one slice a volume) to"),
         ("random --keep {store}/hash-5.csv", "no such selection"),
-        ("random --like {store}/empty.csv", "keeps no slice of 2 volumes"),
         ("hash --name slices", "slices is no name"),
         ("hash --name a/b", "a/b is no name"),
     ],
 )
-def test_wrong_flags_of_reduce_get_one_line(store, stopped, tmp_path, monkeypatch, flags, line):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers: as without internet
-    shutil.copy(store / "hash-6.json", store / "empty.json")
-    lines = [f"{i},{int(i == 0)},0,0" for i in range(59)]  # only slice 0 stays
-    header = "row,kept,representative,similarity"
-    (store / "empty.csv").write_text("\n".join([header, *lines]))
+def test_wrong_flags_of_reduce_get_one_line(store, stopped, flags, line):
     command = ["reduce.py", store.parent / "ct", store, "--size", 32, "--strategy"]
     assert line in stopped(*command, *flags.format(store=store).split())
-
-
-def test_the_contact_sheet_shows_slices_that_stay(store, monkeypatch):
-    words = []
-    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda *drawn: words.append(drawn[2]))
-    store, kept, representative, _ = read_selection(store / "hash-6.csv")
-    sheet = np.asarray(pictures.contact_sheet("hash-6", store, representative))
-    first = kept[0]
-    assert words[0].startswith(f"hash-6: {len(kept)} of 59 slices kept, 3 of 3 volumes shown")
-    assert words[2] == f"slice {first}  x{np.count_nonzero(representative == first)}"
-    shown = Image.fromarray(store.slices[first]).resize((110, 110), Image.Resampling.BILINEAR)
-    top = pictures.TITLE + pictures.GAP + pictures.TITLE
-    tile = sheet[top : top + 110, pictures.GAP : pictures.GAP + 110, 0]
-    assert np.array_equal(tile, shown)
 
 
 def test_agreement_prints_what_selections_share(store, selected, here):

@@ -91,15 +91,12 @@ def test_after_runs_of_other_flags_or_another_task_the_old_tables_are_not_printe
     assert "was made otherwise (data " in refused.stderr and "| scratch |" not in refused.stdout
 
 
-@pytest.mark.parametrize(
-    "flag, value, message",
-    [
+def test_wrong_flags_are_refused(tmp_path, run):
+    for flag, value, message in (
         ("--rows", "ALL Hash-x", "--rows: Hash-x is not a row"),
         ("--data", "nowhere", "nowhere: No such file or directory"),
         ("--nothing", "", "--nothing is not an option"),
-    ],
-)
-def test_wrong_flags_are_refused(tmp_path, run, flag, value, message):
-    command = ["reproduce.sh", "--out", tmp_path / "out", flag, value]
-    assert message in run(*command, program="bash", ok=False).stderr
-    assert not (tmp_path / "out").exists()
+    ):
+        command = ["reproduce.sh", "--out", tmp_path / "out", flag, value]
+        assert message in run(*command, program="bash", ok=False).stderr
+        assert not (tmp_path / "out").exists()
