@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import toy  # noqa: E402
 from common.encoder import load_encoder  # noqa: E402
-
-TINY_HASH = ["--strategy", "hash", "--size", 32]
 
 
 def write_covid_ct(folder, images=4):
@@ -43,13 +41,8 @@ def write_dicom():
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
-        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        stored = np.asarray(stored)
-        dataset.Rows, dataset.Columns = stored.shape
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.BitsAllocated = dataset.BitsStored = 16
-        dataset.HighBit, dataset.PixelRepresentation = 15, int(stored.min() < 0)
-        dataset.PixelData = stored.astype("<i2" if stored.min() < 0 else "<u2").tobytes()
+        kind = np.int16 if np.min(stored) < 0 else np.uint16
+        dataset.set_pixel_data(np.asarray(stored, kind), "MONOCHROME2", 16)  # makes its UID
         dataset.Modality, dataset.SeriesInstanceUID, dataset.InstanceNumber = "CT", "1.2.3", 1
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
         dataset.ImagePositionPatient = [0, 0, 0]
@@ -85,17 +78,20 @@ def run():
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory, run):
-    """(a folder with ct/ of 3 toy patients and store/ with hash-6 and all, what hash-6 printed).
-
-    One file of ct/ is cut short.
-    """
+    """A folder with ct/ of 3 toy patients, one file cut short, and store/ with hash-6 and all."""
     folder = tmp_path_factory.mktemp("cohort")
     toy.write_cohort(folder / "ct", patients=3, slices=20)
     cut = sorted((folder / "ct").rglob("*.dcm"))[5]
     cut.write_bytes(cut.read_bytes()[:-500])
-    printed = run("reduce.py", folder / "ct", folder / "store", *TINY_HASH).stdout
-    run("reduce.py", folder / "ct", folder / "store", "--strategy", "all", "--size", 32)
-    return folder, printed
+    for strategy in ("hash", "all"):
+        flags = ["--strategy", strategy, "--size", 32]
+        run("reduce.py", folder / "ct", folder / "store", *flags)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(cohort):
+    return cohort / "store"
 
 
 @pytest.fixture(scope="session")

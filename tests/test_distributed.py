@@ -29,9 +29,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path, run):
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_two_processes_pretrain_as_one_would_on_their_shares(cohort, tmp_path, run, monkeypatch):
+def test_two_processes_pretrain_as_one_would_on_their_shares(store, tmp_path, run, monkeypatch):
     """Simulated in one process: each share has its own batch norm, all negatives, one gradient."""
-    selection = cohort[0] / "store" / "all.csv"
+    selection = store / "all.csv"
     command = ["pretrain.py", selection, tmp_path / "run", "--arch", "resnet18", "--size", 32]
     command += ["--batch-size", 8, "--steps", 4, "--neighbours", 4, "--mask-negatives", 6]
     command += ["--lr", 1, "--warmup", 0, "--device", "cpu", "--precision", "float32"]

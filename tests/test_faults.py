@@ -36,12 +36,12 @@ def commands(tmp_path_factory, cohort):
     data = tmp_path_factory.mktemp("faults")
     toy.write_tasks(data, size=32)
     small = ["--arch", "resnet18", "--size", 32, "--epochs"]
-    pretrain = ["-c", SAVE_AFTER_EVERY_STEP, cohort[0] / "store" / "hash-6.csv"]
+    pretrain = ["-c", SAVE_AFTER_EVERY_STEP, cohort / "store" / "hash-6.csv"]
     training = [*small, 6, "--optimizer", "adamw", "--batch-size", 8]
     evaluate = ["evaluate.py", "toy-organ", data, "--encoder", "scratch", "--seeds", 3]
     ssim = ["--strategy", "ssim", "--keep", 0.2]
     return {
-        "reduce.py": lambda out: ["reduce.py", cohort[0] / "ct", out, *ssim],
+        "reduce.py": lambda out: ["reduce.py", cohort / "ct", out, *ssim],
         "pretrain.py": lambda out: [*pretrain, out, *training],
         "evaluate.py": lambda out: [*evaluate, *small, 2, "--results", out / "results.csv"],
     }

@@ -50,9 +50,6 @@ def test_figure_shows_auc_and_interval_of_every_row(tmp_path):
         found = x_means(dot.get("cx"), bar.get("x1"), bar.get("x2"))
         assert found == pytest.approx([expected.value, *expected.interval], abs=1e-3)
         assert (dot.get("fill") == "white") == (name == "imagenet")  # one run: hollow
-    lines = shapes_of(root, "line", **{"stroke-width": "1.5"})
-    expected = [table.estimate({name: 1}).value for name in ("ALL", "scratch")]
-    assert x_means(*(line.get("x1") for line in lines)) == pytest.approx(expected, abs=1e-3)
 
 
 ROWS = {  # of the study: steps, dose

@@ -1,6 +1,7 @@
 """Files that are complete or absent, locks, flags' types, and what a product says of its making."""
 
 import fcntl
+from unittest.mock import Mock
 
 import pytest
 
@@ -85,10 +86,7 @@ def test_two_cannot_work_in_one_folder(tmp_path):
 
 
 def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys):
-    def refuse(file, operation):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(95, "Operation not supported")))
     with files.exclusive(tmp_path / "run"):
         files.append_lines(tmp_path / "results.csv", "a line\n")
     assert capsys.readouterr().err.count("this file system has no locks") == 2

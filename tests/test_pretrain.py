@@ -14,14 +14,7 @@ from common import simclr
 from common.encoder import load_encoder
 from common.files import run_script
 
-CPU = torch.device("cpu")
 TINY = ["--arch", "resnet18", "--size", 32, "--batch-size", 8, "--optimizer", "adamw"]
-
-
-@pytest.fixture(scope="module")
-def store(cohort):
-    """A folder with the selections all and hash-6 of 3 toy patients."""
-    return cohort[0] / "store"
 
 
 def digest(run):
@@ -176,29 +169,23 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(store, stopped, tmp
     assert not (tmp_path / "run" / "encoder.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
+def test_wrong_flags_get_one_line(store, stopped, tmp_path):
+    command = ["pretrain.py", store / "hash-6.csv", tmp_path / "run", *TINY, "--device", "cpu"]
+    for flags, message in (
         ("--precision bfloat16 --size 16", "bfloat16 on a CPU needs --size above 16"),
         ("--mask-random", "--mask-random needs --mask-negatives"),
         ("--batch-size 8 --loss-groups 5", "2 for each of 5 --loss-groups"),
         ("--mask-negatives 6 --mask-random --loss-groups 2", "go with --loss-groups"),
-    ],
-)
-def test_wrong_flags_get_one_line(store, stopped, tmp_path, flags, message):
-    command = ["pretrain.py", store / "hash-6.csv", tmp_path / "run", *TINY, "--device", "cpu"]
-    assert message in stopped(*command, *flags.split())
-    assert not (tmp_path / "run").exists()
+    ):
+        assert message in stopped(*command, *flags.split())
+        assert not (tmp_path / "run").exists()
 
 
-def test_processes_are_those_of_torchrun_and_no_more_than_a_batch_has_slices(store, monkeypatch):
+def test_processes_are_those_of_torchrun(monkeypatch):
     """A cluster's WORLD_SIZE would make a run wait for ever."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "1")
-    assert pretrain.join_processes(CPU) == (0, 1)
-    args = parsed(monkeypatch, store / "hash-6.csv", "run", "--batch-size", 4)
-    with pytest.raises(SystemExit, match="1 for each of 8 processes"):
-        pretrain.describe(args, pretrain.read_selection(args.selection), CPU, 8)
+    assert pretrain.join_processes(torch.device("cpu")) == (0, 1)
 
 
 def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):

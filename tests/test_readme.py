@@ -19,18 +19,13 @@ TINY = {  # appended to a command, where the last of two flags counts
 }
 
 
-def commands(heading):
-    """The indented commands below a heading of the README."""
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
-    return [shlex.split(line, comments=True) for line in lines]
-
-
 def test_the_commands_of_the_readme(tmp_path, here, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy.write_cohort(tmp_path / "CT", patients=2, slices=12)
     write_covid_ct(tmp_path / "COVID_CT")
-    for _, script, *arguments in commands("Your own CT"):
+    section = README.split("## Your own CT\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    for _, script, *arguments in (shlex.split(line, comments=True) for line in lines):
         tiny = [] if arguments[0] in ("tables", "figure") else TINY[script]
         here(script, *arguments, *tiny)
     assert (tmp_path / "figure.svg").exists()
@@ -41,12 +36,6 @@ def test_the_commands_of_the_readme(tmp_path, here, monkeypatch):
     names = {"torch": torch, "torchvision": torchvision}
     exec(code, names)
     assert names["network"](torch.zeros(2, 3, 32, 32)).shape == (2, 512)
-
-
-def test_the_commands_of_run_it_are_those_of_reproduce(run):
-    usage = run("reproduce.sh", "--help", program="bash").stdout.splitlines()
-    for command in commands("Run it"):
-        assert any(line.startswith(" ".join(command) + "  ") for line in usage)
 
 
 def cells(line):

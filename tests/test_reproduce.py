@@ -49,28 +49,23 @@ def test_every_row_is_in_the_tables_with_its_runs(made):
     assert selections[0] != selections[1]
 
 
-def test_a_second_call_runs_nothing_but_the_tables(made, run):
+def test_a_second_call_makes_what_was_deleted_to_the_same_bytes_and_nothing_else(made, run):
     out, command, _ = made
-    before = (out / "results.csv").read_bytes()
-    again = run(*command, program="bash").stdout
-    assert "\n---" not in again.split("| ")[0] and (out / "tables.md").read_text() in again
-    assert (out / "results.csv").read_bytes() == before
-
-
-def test_what_is_deleted_is_made_again_to_the_same_bytes(made, run):
-    out, command, _ = made
-    encoder = out / "runs" / "Random-matched-1" / "encoder.pt"
+    encoder, results = out / "runs" / "Random-matched-1" / "encoder.pt", out / "results.csv"
     before = encoder.read_bytes(), (out / "tables.md").read_text()
+    lines = results.read_bytes()
+    assert "\n---" not in run(*command, program="bash").stdout.split("| ")[0]
+    assert results.read_bytes() == lines
     shutil.rmtree(encoder.parent)
-    for name in ("results.csv", "results-draws.jsonl"):
-        (out / name).unlink()
+    for path in (results, out / "results-draws.jsonl"):
+        path.unlink()
     again = run(*command, program="bash").stdout
     made_again = [line for line in again.splitlines() if line.startswith("--- ")]
     expected = [f"--- evaluate-{row}-{task}.npz" for row in ROWS.split() for task in TASKS]
     expected.insert(2, "--- pretrain-Random-matched-1")
     assert made_again == expected
     after = encoder.read_bytes(), (out / "tables.md").read_text()
-    assert after[0] == before[0]
+    assert after[0] == before[0] and after[1] in again
     columns = [[line.split("|")[-5:] for line in text.splitlines()] for _, text in (before, after)]
     assert columns[0] == columns[1]  # without seconds
 
