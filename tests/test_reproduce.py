@@ -49,24 +49,24 @@ def test_every_row_is_in_the_tables_with_its_runs(made):
     assert selections[0] != selections[1]
 
 
-def test_a_second_call_makes_what_was_deleted_to_the_same_bytes_and_nothing_else(made, run):
+def steps_of(printed):
+    return [line for line in printed.splitlines() if line.startswith("--- ")]
+
+
+def test_what_is_deleted_is_made_again_to_the_same_bytes_and_nothing_else(made, run):
     out, command, _ = made
-    encoder, results = out / "runs" / "Random-matched-1" / "encoder.pt", out / "results.csv"
+    encoder = out / "runs" / "Random-matched-1" / "encoder.pt"
     before = encoder.read_bytes(), (out / "tables.md").read_text()
-    lines = results.read_bytes()
-    assert "\n---" not in run(*command, program="bash").stdout.split("| ")[0]
-    assert results.read_bytes() == lines
     shutil.rmtree(encoder.parent)
-    for path in (results, out / "results-draws.jsonl"):
-        path.unlink()
+    for name in ("results.csv", "results-draws.jsonl"):
+        (out / name).unlink()
     again = run(*command, program="bash").stdout
-    made_again = [line for line in again.splitlines() if line.startswith("--- ")]
     expected = [f"--- evaluate-{row}-{task}.npz" for row in ROWS.split() for task in TASKS]
     expected.insert(2, "--- pretrain-Random-matched-1")
-    assert made_again == expected
+    assert steps_of(again) == expected
     after = encoder.read_bytes(), (out / "tables.md").read_text()
     assert after[0] == before[0] and after[1] in again
-    columns = [[line.split("|")[-5:] for line in text.splitlines()] for _, text in (before, after)]
+    columns = [[line.split("|")[-3:] for line in text.splitlines()] for _, text in (before, after)]
     assert columns[0] == columns[1]  # without seconds
 
 
@@ -78,6 +78,8 @@ def test_after_runs_of_other_flags_or_another_task_the_old_tables_are_not_printe
     other = [*command, "--pretrain", f"{PRETRAIN} --temperature 0.5"]
     refused = run(*other, program="bash", ok=False)
     assert "of another encoder: give another --name" in refused.stderr
+    expected = [f"--- pretrain-Random-matched-{seed}" for seed in (0, 1)]
+    assert steps_of(refused.stdout) == [*expected, "--- evaluate-Random-matched-toy-lesion.npz"]
     assert "| scratch |" not in refused.stdout
     path = out / "toy" / "toy-lesion.npz"
     arrays = dict(np.load(path))
