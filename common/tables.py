@@ -159,6 +159,10 @@ def read_tables(results):
         of_tables.setdefault(tuple(line[column] for column in ONE_TABLE), []).append(line)
     if not of_tables:
         fail(f"{results}: holds no results: evaluate.py TASK ... --results CSV makes some")
+    for key, lines in of_tables.items():
+        settings = sorted({line["settings"] for line in lines})
+        if len(settings) > 1:
+            fail(f"{results}: {title(key)}: cannot compare lines of {' and of '.join(settings)}")
     records = read_draws(results)
     return {key: table_of(lines, records) for key, lines in of_tables.items()}
 

@@ -101,7 +101,7 @@ def pretrain_part(args, folder):
     sys.argv = ["pretrain.py", "all.csv", "unused", "--optimizer", "adamw", *map(str, flags)]
     settings = pretrain.parse_args()
     device = encoder.choose_device("auto")
-    precision = encoder.choose_precision("auto", device, args.size)
+    precision = encoder.choose_precision("auto", device)
     model, optimizer = pretrain.build(settings, device)
     model.train()
     batches = stream(selection, settings, 0, device)

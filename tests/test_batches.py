@@ -27,7 +27,7 @@ def selection(n, kept=None, volumes=4):
     hashes = np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
     slices = np.arange(n).astype(np.uint8)[:, None, None]
     groups = np.array_split(np.arange(n), volumes)
-    store = Store(None, slices, hashes, [str(i) for i in range(volumes)], groups, 0)
+    store = Store(None, slices, hashes, [str(i) for i in range(volumes)], groups)
     kept = np.arange(n) if kept is None else np.sort(kept)
     nearest = np.abs(np.arange(n)[:, None] - kept).argmin(axis=1)
     return Selection(store, kept, kept[nearest], "digest")

