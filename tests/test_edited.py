@@ -81,3 +81,14 @@ def test_an_edit_is_refused_by_what_it_has_a_part_in(folder, cohort):
     for refused in run(folder, cohort, "reduce", "pretrain"):
         assert refused.startswith("REFUSED") and "common/reduction.py" in refused
     assert before == content(folder / "run", cohort / "store")
+
+    # a file that an edited script imports counts as the others do
+    edit(folder, "evaluate.py", "from common import auc", "from common import auc, noise")
+    (folder / "code/common/noise.py").write_text("LEVEL = 1\n")
+    (folder / "results.csv").unlink()
+    assert "AUC" in run(folder, cohort, "evaluate")[0]
+    edit(folder, "common/noise.py", "1", "2")
+    [refused] = run(folder, cohort, "evaluate")
+    assert refused.startswith("REFUSED") and re.findall(r"[\w/]+\.py", refused) == [
+        "common/noise.py"
+    ]

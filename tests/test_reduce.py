@@ -8,10 +8,12 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from PIL import Image
 
-from common import similarity
+from common import pictures, reduction, similarity
 from common.encoder import load_encoder
-from common.store import read_lines
+from common.reduction import STRATEGIES, Strategy
+from common.store import read_lines, read_selection
 
 
 @pytest.fixture
@@ -232,6 +234,53 @@ def test_wrong_flags_of_reduce_get_one_line(store, stopped):
         ("hash --name slices", "slices is no name"),
     ):
         assert line in stopped(*command, *flags.format(store=store).split())
+
+
+def test_a_new_strategy_follows_from_one_line_of_the_table(store, selected, stopped, monkeypatch):
+    """One by threshold and one by count; both kinds of flags, budgets and scopes follow."""
+
+    def ends(group, threshold):
+        stays = np.r_[:threshold, -threshold:0] % len(group.hashes)
+        return reduction.keep_count(lambda group, count: np.unique(stays), group, 0)
+
+    def middle(group, count):
+        return np.arange(count) + (len(group.hashes) - count) // 2
+
+    new = {"ends": Strategy("T of each end stay", ends, None, None, range(1, 11))}
+    new["middle"] = Strategy("those in the middle stay", None, middle)
+    for name, strategy in new.items():
+        monkeypatch.setitem(STRATEGIES, name, strategy)
+    for name, flags, kept in (
+        ("ends-2", "ends --threshold 2", 12),
+        ("ends-keep-17", "ends --keep 17", 18),
+        ("ends-keep-0.1", "ends", 6),  # a tenth, where there is no default
+        ("middle-keep-10-dataset", "middle --keep 10 --scope dataset", 10),
+        ("middle-like-ends-2", f"middle --like {store / 'ends-2.csv'}", 12),
+    ):
+        assert selected(name, flags)[1]["kept"] == kept, name
+    kept = kept_slices(table(store / "ends-2.csv"))
+    assert kept == [i for v in slices_by_volume(store) for i in (v[0], v[1], v[-2], v[-1])]
+    for flags, line in (
+        ("ends --threshold 11", "ends needs a whole number, 1 to 10"),
+        (f"ends --like {store / 'hash-6.csv'}", "ends takes no --like"),
+        ("middle --threshold 3", "middle takes no --threshold"),
+    ):
+        command = ["reduce.py", store.parent / "ct", store, "--size", 32, "--strategy"]
+        assert line in stopped(*command, *flags.split())
+
+
+def test_the_contact_sheet_shows_slices_that_stay(store, monkeypatch):
+    words = []
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda *drawn: words.append(drawn[2]))
+    store, kept, representative, _ = read_selection(store / "hash-6.csv")
+    sheet = np.asarray(pictures.contact_sheet("hash-6", store, representative))
+    assert words[0].startswith(f"hash-6: {len(kept)} of 59 slices kept, 3 of 3 volumes shown")
+    first = np.intersect1d(kept, store.volumes[0])
+    assert words[1] == f"patient-00: {len(first)} of 19 slices kept"
+    assert words[2] == f"slice {first[0]}  x{np.count_nonzero(representative == first[0])}"
+    shown = Image.fromarray(store.slices[first[0]]).resize((110, 110), Image.Resampling.BILINEAR)
+    top = pictures.TITLE + pictures.GAP + pictures.TITLE
+    assert np.array_equal(sheet[top : top + 110, pictures.GAP : pictures.GAP + 110, 0], shown)
 
 
 def test_agreement_prints_what_selections_share(store, selected, here):

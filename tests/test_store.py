@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from itertools import count
 
 import imagehash
 import numpy as np
