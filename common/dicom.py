@@ -5,6 +5,7 @@ Knows nothing of volumes, HU images or strategies.
 
 import os
 import stat
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Header(NamedTuple):
     instance: str  # SOPInstanceUID
     axes: list[float] | None  # ImageOrientationPatient, six numbers
     position: float | None  # mm along the slice normal
-    number: float | None  # InstanceNumber
+    number: float  # InstanceNumber; infinite where missing
     rows: int
     columns: int
     signed: bool
@@ -52,20 +53,19 @@ def read_header(path):
         check_is_file(path)
         dataset = pydicom.dcmread(path, defer_size=LARGE)
         check_is_slice(dataset)
-        slope, intercept = rescale(dataset)
         check_has_pixels(dataset, os.path.getsize(path))
-        axes = orientation(dataset)
+        axes, position = geometry(dataset)
         return Header(
             series=str(dataset.SeriesInstanceUID),
             instance=str(dataset.get("SOPInstanceUID") or path),
             axes=axes,
-            position=position_along_normal(dataset, axes),
-            number=number(dataset, "InstanceNumber"),
+            position=position,
+            number=number(dataset, "InstanceNumber", inf),
             rows=dataset.Rows,
             columns=dataset.Columns,
             signed=dataset.PixelRepresentation == 1,
-            slope=slope,
-            intercept=intercept,
+            slope=number(dataset, "RescaleSlope"),
+            intercept=number(dataset, "RescaleIntercept"),
             padding=padding_range(dataset),
             plain=plain_pixels(dataset),
         )
@@ -78,11 +78,8 @@ def read_header(path):
 
 def reason(error):
     """What an Unusable or an OSError says; "" for others, which could quote a patient's data."""
-    if isinstance(error, Unusable):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError):
-        return error.strerror or ""
-    return ""
+    said = str(error) if isinstance(error, Unusable) else getattr(error, "strerror", None) or ""
+    return " ".join(said.split())
 
 
 def check_is_file(path):
@@ -92,42 +89,38 @@ def check_is_file(path):
 
 
 def check_is_slice(dataset):
-    """Raise Unusable unless the DICOM header is that of one grey CT slice."""
+    """Raise Unusable unless the DICOM header is that of one grey CT slice, with a way to HU."""
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise Unusable("a DICOMDIR, not an image")
     if not dataset:  # so pydicom answers where compressed pixels, or another element, have no end
         raise Unusable("cut short, or damaged, inside of an element")
-    modality = str(dataset.get("Modality") or "missing")
-    if modality != "CT":
-        raise Unusable(f"Modality is {modality[:16]}, not CT")
-    if not dataset.get("SeriesInstanceUID"):
-        raise Unusable("SeriesInstanceUID is missing")
+    modality = str(dataset.get("Modality") or "missing")[:16]
     image_type = str(dataset.get("ImageType")).upper()
-    if any(scout in image_type for scout in SCOUTS):
-        raise Unusable("a localizer, not a slice")
-    if (dataset.get("NumberOfFrames") or 1) != 1:
-        raise Unusable("a multi-frame image, not a slice: split it into single-frame files")
-    photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
-    if photometric != "MONOCHROME2":
-        raise Unusable(f"PhotometricInterpretation is {photometric[:16]}, not MONOCHROME2")
-
-
-def rescale(dataset):
-    """(RescaleSlope, RescaleIntercept in HU); raises Unusable where values cannot become HU."""
-    slope = number(dataset, "RescaleSlope")
-    intercept = number(dataset, "RescaleIntercept")
-    if slope is None or slope <= 0 or intercept is None:
-        raise Unusable("RescaleSlope or RescaleIntercept is missing, or gives no HU")
-    if dataset.get("PixelRepresentation") not in (0, 1):
-        raise Unusable("PixelRepresentation is missing, so the sign of the values is unknown")
-    return slope, intercept
+    frames = dataset.get("NumberOfFrames") or 1
+    colour = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")[:16]
+    slope, intercept = number(dataset, "RescaleSlope", 0), number(dataset, "RescaleIntercept")
+    sign = dataset.get("PixelRepresentation")
+    for refused, why in [
+        (modality != "CT", f"Modality is {modality}, not CT"),
+        (not dataset.get("SeriesInstanceUID"), "SeriesInstanceUID is missing"),
+        (any(scout in image_type for scout in SCOUTS), "a localizer, not a slice"),
+        (frames != 1, "a multi-frame image, not a slice: split it into single-frame files"),
+        (colour != "MONOCHROME2", f"PhotometricInterpretation is {colour}, not MONOCHROME2"),
+        (
+            slope <= 0 or intercept is None,
+            "RescaleSlope or RescaleIntercept is missing, or gives no HU",
+        ),
+        (
+            sign not in (0, 1),
+            "PixelRepresentation is missing, so the sign of the values is unknown",
+        ),
+    ]:
+        if refused:
+            raise Unusable(why)
 
 
 def check_has_pixels(dataset, file_size):
-    """Raise Unusable if the pixels are missing, cut short or too many, or nothing decodes them.
-
-    file_size: bytes. The reason names the plug-in to install.
-    """
+    """Raise Unusable if the pixels are missing, cut short or too many, or nothing decodes them."""
     rows = dataset.get("Rows") or 0
     columns = dataset.get("Columns") or 0
     if not 0 < rows * columns <= MAX_PIXELS:
@@ -161,28 +154,21 @@ def numbers(dataset, keyword, count):
     return values.tolist() if len(values) == count and np.isfinite(values).all() else None
 
 
-def number(dataset, keyword):
-    """An element as one finite float; None where it is missing or holds anything else."""
-    values = numbers(dataset, keyword, 1)
-    return values and values[0]
+def number(dataset, keyword, missing=None):
+    [value] = numbers(dataset, keyword, 1) or [missing]
+    return value
 
 
-def orientation(dataset):
-    """ImageOrientationPatient, six numbers; None unless they are two right-angled unit vectors."""
+def geometry(dataset):
+    """(ImageOrientationPatient, mm along the slice normal); None where missing or no such thing."""
     axes = numbers(dataset, "ImageOrientationPatient", 6)
-    pair = np.reshape(axes or [0] * 6, (2, 3))
-    right_angled = np.abs(pair @ pair.T - np.eye(2)).max() < 0.05
-    return axes if right_angled else None
-
-
-def position_along_normal(dataset, axes):
-    """mm: ImagePositionPatient projected on the slice normal; None where either is missing."""
     corner = numbers(dataset, "ImagePositionPatient", 3)
-    if axes is None or corner is None:
-        return None
+    pair = np.reshape(axes or [0] * 6, (2, 3))
+    if np.abs(pair @ pair.T - np.eye(2)).max() >= 0.05:  # no right-angled unit vectors
+        return None, None
     x1, y1, z1, x2, y2, z2 = axes
     normal = y1 * z2 - z1 * y2, z1 * x2 - x1 * z2, x1 * y2 - y1 * x2
-    return sum(n * c for n, c in zip(normal, corner, strict=True))
+    return axes, corner and sum(n * c for n, c in zip(normal, corner, strict=True))
 
 
 def padding_range(dataset):

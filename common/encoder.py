@@ -70,10 +70,9 @@ def bf16_pays(device):
 
 
 def load_encoder(source, arch, seed):
-    """A torchvision ResNet whose fc is the identity.
+    """A torchvision ResNet whose fc is the identity; one line for other weights than the arch's.
 
-    source: a path to weights (see read_weights), "scratch" (random weights from the seed) or
-    "imagenet" (torchvision's IMAGENET1K_V1). One line for other weights than the arch's.
+    source: a path (see read_weights), "scratch" (random, from the seed) or "imagenet".
     """
     torch.manual_seed(seed)
     published = "IMAGENET1K_V1" if source == "imagenet" else None
@@ -97,7 +96,6 @@ def read_weights(path):
     """{name: tensor} of the ResNet in an encoder.pt or a published checkpoint, without its fc.
 
     It may lie under any prefix, in dicts within dicts. Nothing that could run code is unpickled.
-    One line where there is no whole ResNet, or where there are several.
     """
     try:
         tensors = dict(named_tensors(load_tensors(path)))

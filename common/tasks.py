@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +36,10 @@ class Task(NamedTuple):
     @property
     def digest(self):
         """8 hex digits that change with images, labels, groups, split and augmentation."""
-        sha = hashlib.sha256(repr((self.mean, self.std, self.flip)).encode())
-        for array in (self.images, self.labels, self.groups, self.split):
-            if array is not None:
-                sha.update(array.tobytes())
-        return sha.hexdigest()[:8]
+        identity = repr((self.mean, self.std, self.flip)).encode()
+        arrays = [self.images, self.labels, self.groups, self.split]
+        identity += b"".join(array.tobytes() for array in arrays if array is not None)
+        return hashlib.sha256(identity).hexdigest()[:8]
 
 
 class Listed(NamedTuple):
@@ -67,22 +66,15 @@ def load_task(name, data, size):
 
 
 def list_images(data):
-    """Any folder with labels.csv: `file,label`, and optionally `split` and `group`.
-
-    file: below the folder. label: any text. split: train, val or test, all three of which must
-    occur. group: a patient or paper, whose images stay on one side of every split that is made.
-    """
+    """Any folder with labels.csv: `file,label`, and optionally `split` and `group`."""
     lines = read_table(data / "labels.csv", ["file", "label"], ["split", "group"])
-    return [Listed(**line)._replace(file=data / line["file"]) for line in lines]
+    return [Listed(**line | {"file": data / line["file"]}) for line in lines]
 
 
 def list_head_ct(data):
     """Head CT haemorrhage: labels.csv (`id, hemorrhage`) and images 000.png ..."""
-    listed = []
-    for line in read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"]):
-        file = find_one(data, f"{line['id']:0>3}.png")
-        listed.append(Listed(file, line["hemorrhage"]))
-    return listed
+    lines = read_table(find_one(data, "labels.csv"), ["id", "hemorrhage"])
+    return [Listed(find_one(data, f"{line['id']:0>3}.png"), line["hemorrhage"]) for line in lines]
 
 
 def list_covid_ct(data):
@@ -100,9 +92,7 @@ def list_covid_ct(data):
 def covid_ct_source(name):
     """The paper or figure that an image of COVID-CT was cut from, by its file name.
 
-    Seen in the 746 official names: most COVID images are PAPER-pPAGE-FIGURE%PART.png, such as
-    2020.03.01.20029769-p21-73_1%0.png; the Lancet's are PIIS0140673620301549_0%0.png, without a
-    page. NonCOVID's .jpg are FIGURE%PART.jpg, such as 39%8.jpg; its .png are numbers alone.
+    Seen: PAPER-pPAGE-FIGURE%PART.png, FIGURE_0%PART.png, FIGURE%PART.jpg, NUMBER.png.
     """
     stem, dot, suffix = name.rpartition(".")
     if match := re.match(r"(.+)-p\d+-", stem):
@@ -111,10 +101,9 @@ def covid_ct_source(name):
 
 
 def first_of_run(group, groups):
-    """NonCOVID's 1046.png, 1047.png ... are one group as long as the numbers are consecutive.
+    """NonCOVID's 1046.png, 1047.png ...: runs of numbers, one group, show slices of one scan.
 
-    Such runs show slices of one scan (seen: 1046-1050, 1210-1217, 2138-2145); a few also hold the
-    next patient's, which costs nothing but a larger group.
+    A few also hold the next patient's, which costs nothing but a larger group.
     """
     while match := re.fullmatch(r"NonCOVID (\d+)\.png", group):
         earlier = f"NonCOVID {int(match[1]) - 1}.png"
@@ -128,9 +117,9 @@ def load_images(listed, data, size):
     """The Task of listed images; near-duplicates are one group where the list has no groups."""
     if not listed:
         fail(f"{data}: its list names no image")
-    for file, times in Counter(image.file for image in listed).items():
-        if times > 1:
-            fail(f"{file}: is listed {times} times: delete all but one")
+    file, times = Counter(image.file for image in listed).most_common(1)[0]
+    if times > 1:
+        fail(f"{file}: is listed {times} times: delete all but one")
     files, labels, split, groups = zip(*listed, strict=True)
     return make_task(data, [read_grey(file) for file in files], labels, split, groups, size)
 
@@ -156,7 +145,7 @@ def load_npz(pattern, data, size):
 
 
 def make_task(source, originals, labels, split, groups, size):
-    """The Task of images in their full size; split and groups are empty texts where unknown."""
+    """The Task of images, uint8 [h, w] each; split and groups are empty texts where unknown."""
     classes = sorted_classes(labels)
     if len(classes) < 2:
         fail(f"{source}: all images are of class {', '.join(classes)}: at least two are needed")
@@ -164,8 +153,10 @@ def make_task(source, originals, labels, split, groups, size):
         fail(f"{source}: its splits are {sorted(set(split))}: needed are train, val and test")
     hashes = np.array([int(slice_hash(image), 16) for image in originals], np.uint64)
     known_groups = np.unique(groups, return_inverse=True)[1]
+    pictures = map(Image.fromarray, originals)
+    bilinear = Image.Resampling.BILINEAR  # antialiased (official code)
     task = Task(
-        images=resize(originals, size),
+        images=np.stack([picture.resize((size, size), bilinear) for picture in pictures]),
         labels=np.array([classes.index(label) for label in labels]),
         classes=classes,
         split=np.array(split) if any(split) else None,
@@ -181,16 +172,9 @@ def make_task(source, originals, labels, split, groups, size):
 def sorted_classes(labels):
     """Names of the classes in their order: numbers as numbers, anything else as text."""
     classes = sorted(set(labels))
-    try:
-        return sorted(classes, key=float)
-    except ValueError:
-        return classes
-
-
-def resize(images, size):
-    """uint8 [h, w] each -> uint8 [N, size, size], bilinear, antialiased (official code)."""
-    bilinear = Image.Resampling.BILINEAR
-    return np.stack([Image.fromarray(image).resize((size, size), bilinear) for image in images])
+    with suppress(ValueError):
+        classes.sort(key=float)
+    return classes
 
 
 def check_parts(task, source, parts, least):
@@ -209,8 +193,7 @@ def check_parts(task, source, parts, least):
 def split_of(task):
     """{"train", "val", "test": images}, int [n]: the published split, or one of about 60/20/20 %.
 
-    The made split is the same for every encoder. It keeps groups on one side, and the largest
-    folds for training, so that a large group does not become the test set.
+    A made split trains on the largest folds, so that a large group does not become the test set.
     """
     if task.split is not None:
         return {part: np.flatnonzero(task.split == part) for part in SPLITS}
@@ -235,24 +218,15 @@ def checked_folds(task, folds, repeats):
 
 
 def draw_labels(task, train, share, draw):
-    """A stratified share of the training images, at least one a class.
-
-    The same for every encoder: they depend on the number of the draw only.
-    """
+    """A stratified share of the training images, at least one a class, for all encoders alike."""
     rng = np.random.default_rng(draw)
-    drawn = []
-    for label in range(len(task.classes)):
-        members = rng.permutation(train[task.labels[train] == label])
-        drawn.append(members[: max(1, round(share * len(members)))])
-    return np.sort(np.concatenate(drawn))
+    classes = range(len(task.classes))
+    shuffled = [rng.permutation(train[task.labels[train] == label]) for label in classes]
+    return np.sort(np.concatenate([of[: max(1, round(share * len(of)))] for of in shuffled]))
 
 
 def duplicate_groups(hashes):
-    """uint64 [n] -> int [n]: one number for images that are all near-duplicates of each other.
-
-    An image joins the first group of which every member is its near-duplicate (complete linkage),
-    so that chains of near-duplicates, each a little other than the last, do not swallow the set.
-    """
+    """uint64 [n] -> int [n]: near-duplicates by complete linkage, so that chains stay apart."""
     groups = np.arange(len(hashes))
     for image in range(len(hashes)):
         [near] = near_duplicates(hashes[image : image + 1], SAME_IMAGE, hashes[:image])

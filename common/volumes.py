@@ -35,8 +35,7 @@ def list_files(data):
     for folder, folders, names in walk:
         folders.sort()
         if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
+            folders[:] = names[:] = []
         seen.add(os.path.realpath(folder))
         paths += [os.path.join(folder, name) for name in names]
     files = []
@@ -49,18 +48,13 @@ def list_files(data):
 def find_volumes(data, files, map=map):
     """Group files into volumes in z order.
 
-    data: folder. files: paths relative to it. map: perhaps a parallel one.
-    Returns (volumes sorted by name, skipped as a list of (file, reason), warnings as a list of
-    (volume, text)). DICOM is grouped by SeriesInstanceUID and ordered by the position along the
-    slice normal, or, where that is not known of every slice, by InstanceNumber and name. For
-    images see image_volumes.
+    data: folder. files: paths relative to it. map: perhaps a parallel one. Returns (volumes
+    sorted by name, skipped as a list of (file, reason), warnings as a list of (volume, text)).
     """
     volumes = image_volumes([file for file in files if is_image(file)])
     others = [file for file in files if not is_image(file)]
     headers = map(read_header, [os.path.join(data, file) for file in others])
-    series = {}
-    skipped = []
-    warnings = []
+    series, skipped, warnings = {}, [], []
     for file, header in zip(others, headers, strict=True):
         if isinstance(header, str):
             skipped.append((file, header))
@@ -75,7 +69,11 @@ def find_volumes(data, files, map=map):
 
 
 def series_volume(uid, members):
-    """(Volume in z order, {file left out: reason}, warnings) of a series' (file, Header)s."""
+    """(Volume in z order, {file left out: reason}, warnings) of a series' (file, Header)s.
+
+    Ordered by the position along the slice normal, or, where that is not known of every slice, by
+    InstanceNumber and name.
+    """
     left_out = {}
 
     def leave_out(reasons):
@@ -85,7 +83,7 @@ def series_volume(uid, members):
     leave_out(repeated(members, lambda header: header.instance, "SOPInstanceUID"))
     leave_out(odd(members, lambda header: header.axes, SAME_AXES, "orientation"))
     leave_out(odd(members, lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"))
-    members.sort(key=number_and_name)
+    members.sort(key=lambda member: (member[1].number, member[0]))
     places = [header.position for _, header in members]
     missing = places.count(None)
     if missing or (len(places) > 2 and np.ptp(np.round(places, DIGITS)) == 0):
@@ -116,42 +114,26 @@ def odd(members, key, tolerance, what):
 
     key(Header): numbers, equal within the tolerance, or None where they are not known.
     """
-    groups = []
+    groups = {}  # by their first vector
     for file, header in members:
         vector = key(header)
-        if vector is None:
-            continue
-        for group in groups:
-            first = group[0][1]
-            if max(abs(a - b) for a, b in zip(first, vector, strict=True)) <= tolerance:
-                group.append((file, vector))
-                break
-        else:
-            groups.append([(file, vector)])
-    groups.sort(key=len, reverse=True)
+        if vector is not None:
+            alike = (first for first in groups if np.ptp([first, vector], 0).max() <= tolerance)
+            groups.setdefault(next(alike, tuple(vector)), []).append((file, vector))
+    small = sorted(groups.values(), key=len, reverse=True)[1:]
     reason = f"{what} unlike most of its series"
-    return {file: reason.format(*vector) for group in groups[1:] for file, vector in group}
-
-
-def number_and_name(member):
-    """Sort key of a (file, Header): InstanceNumber, those without one last, then the name."""
-    file, header = member
-    return inf if header.number is None else header.number, file
+    return {file: reason.format(*vector) for group in small for file, vector in group}
 
 
 def gaps(positions):
     """A warning, in a list, if some of the sorted positions, in mm, lie much wider than most."""
-    if len(positions) < 3:
-        return []
     distances = np.diff(positions)
-    usual = np.median(distances)
+    usual = np.median(distances) if len(distances) else 0
     wide = (distances > GAP * usual).sum()
-    if not wide:
+    if len(distances) < 2 or not wide:
         return []
-    return [
-        f"gaps along z: {wide}, the widest {distances.max():.1f} mm where {usual:.1f} mm is usual: "
-        "slices may be missing"
-    ]
+    widest = f"the widest {distances.max():.1f} mm where {usual:.1f} mm is usual"
+    return [f"gaps along z: {wide}, {widest}: slices may be missing"]
 
 
 def image_volumes(files):
