@@ -60,7 +60,7 @@ def write_mutant(files, folder, number, seed):
 
 def encode(dataset, encoding):
     """The bytes of a slice as a PNG, a JPEG, or a DICOM file with such pixels."""
-    stream = io.BytesIO()
+    stream, pixels = io.BytesIO(), io.BytesIO()
     if encoding in ("PNG", "JPEG"):
         Image.fromarray(ct.scale_to_uint8(dataset.pixel_array)).save(stream, encoding)
         return stream.getvalue()
@@ -68,7 +68,6 @@ def encode(dataset, encoding):
         dataset.compress(RLELossless, generate_instance_uid=False)
     if encoding == "JPEG2000":
         image = Image.fromarray(dataset.pixel_array.astype(np.uint16))
-        pixels = io.BytesIO()
         image.save(pixels, "JPEG2000", no_jp2=True, irreversible=False)
         dataset.PixelData = encapsulate([pixels.getvalue()])
         dataset["PixelData"].VR = "OB"

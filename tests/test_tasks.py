@@ -25,8 +25,8 @@ def picture(path, seed):
 
 @pytest.fixture
 def covid(tmp_path):
-    write_covid_ct(tmp_path, images=4)
-    return tmp_path
+    write_covid_ct(tmp_path / "covid", images=4)
+    return tmp_path / "covid"
 
 
 @pytest.fixture
@@ -46,9 +46,10 @@ def organ(tmp_path):
     arrays = {}
     for part, n in {"train": 12, "val": 6, "test": 6}.items():
         arrays[f"{part}_images"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        arrays[f"{part}_labels"] = rng.permutation(np.arange(n, dtype=np.uint8) % 3)[:, None]
-    np.savez_compressed(tmp_path / "organ.npz", **arrays)
-    return tmp_path
+        arrays[f"{part}_labels"] = rng.permutation(np.arange(n) % 3)[:, None]
+    (tmp_path / "organ").mkdir()
+    np.savez_compressed(tmp_path / "organ" / "organ.npz", **arrays)
+    return tmp_path / "organ"
 
 
 @pytest.fixture
@@ -72,8 +73,8 @@ def holds(task, i, file, label, part):
     assert task.classes[task.labels[i]] == label and i in split_of(task)[part]
 
 
-def test_covid_ct(covid):
-    """Its published split; class 1 is COVID; each image is a paper of its own here."""
+def test_published_sets(covid, head, organ):
+    """Each class, hash and part of the split is that of the file."""
     task = load_task("covid-ct", covid, 24)
     for i, image in enumerate(tasks.list_covid_ct(covid)):
         holds(task, i, image.file, image.label, image.split)
@@ -81,18 +82,12 @@ def test_covid_ct(covid):
         assert image.file.name.startswith(image.split)
     assert [len(of) for of in split_of(task).values()] == [8, 8, 8] and len(set(task.groups)) == 24
     assert (task.mean, task.std, task.flip) == (0.56, 0.2907, True)  # official code
-
-
-def test_head_ct(head):
     task = load_task("head-ct", head, 24)
     for i in (0, 19, 20, 39):
         [part] = [part for part, of in split_of(task).items() if i in of]
         holds(task, i, head / "head_ct" / f"{i:03d}.png", str(int(i < 20)), part)
     assert (task.mean, task.std, task.flip) == (0.56, 0.2907, True)  # those of COVID-CT there
     assert task.groups[28] == task.groups[29] and len(set(task.groups)) == 39
-
-
-def test_organ(organ):
     task = load_task("organ", organ, 28)
     arrays = np.load(organ / "organ.npz")
     for part, of in split_of(task).items():
@@ -123,12 +118,9 @@ def test_any_folder_with_labels_is_a_task(images):
 
 def test_the_source_of_a_covid_ct_image_and_runs_of_numbers(covid):
     sources = {
-        "2020.03.01.20029769-p21-73_1%0.png": "2020.03.01.20029769",
         "2019-novel-dist_2020_Int-Jour-p3-89%0.png": "2019-novel-dist_2020_Int-Jour",
-        "kjr-21-e24-p2-8.png": "kjr-21-e24",
         "PIIS0140673620301549_0%1.png": "PIIS0140673620301549.png",
         "39%8.jpg": "39.jpg",
-        "12.jpg": "12.jpg",
     }
     assert {name: tasks.covid_ct_source(name) for name in sources} == sources
     names = ["7.png", "8.png", "9.png", "11.png", "8.jpg", "8%1.jpg"]
@@ -160,13 +152,6 @@ def test_a_group_of_two_classes_stays_on_one_side():
         reference = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
         for fold, (_, test) in zip(folds, reference.split(labels, labels, groups), strict=True):
             assert np.array_equal(fold, test)
-
-
-def test_a_large_group_is_for_training():
-    """Even 1,407 images that are all alike leave enough to validate and to test."""
-    task = blank_task(np.arange(2481) % 2, np.r_[np.zeros(1407, int), 1 + np.arange(1074)])
-    train, val, test = split_of(task).values()
-    assert set(range(1407)) <= set(train) and min(len(val), len(test)) > 200
 
 
 def test_too_few_of_a_class_are_refused_before_anything_is_trained():
@@ -220,6 +205,9 @@ def test_a_chain_of_near_duplicates_does_not_swallow_the_set():
     shares = {part: len(of) / 2481 for part, of in split.items()}
     assert shares == pytest.approx({"train": 0.6, "val": 0.2, "test": 0.2}, abs=0.02)
     assert all(0.4 < labels[of].mean() < 0.6 for of in split.values())
+    groups[:1407] = 0  # even were they all alike: a large group is for training
+    train, val, test = split_of(blank_task(labels, groups)).values()
+    assert set(range(1407)) <= set(train) and min(len(val), len(test)) > 200
 
 
 def test_leaks_are_test_images_within_4_bits_of_a_training_image(capsys):
@@ -255,16 +243,13 @@ def array(key, change):
 @pytest.mark.parametrize(
     "task, file, change, words",
     [
-        ("images", "labels.csv", replace("5.png,2,", "5.png,,"), "line 7 label ''"),
         ("images", "labels.csv", replace("patient 2", ""), "line 6 group ''"),
         ("images", "labels.csv", replace("scans/5", "scans,5"), "line 7 commas quotes"),
         ("images", "labels.csv", replace("file,label", "image,label"), "line 2 image file label"),
-        ("images", "labels.csv", replace("file", '"file' + 200_000 * "x"), "labels.csv"),
         ("images", "labels.csv", replace("train,patient 2", "dev,patient 2"), "'dev' train, val"),
         ("images", "labels.csv", replace("scans/5", "scans/4"), "scans/4.png listed 2 times"),
         ("images", "labels.csv", replace("scans/5", "scans/99"), "scans/99.png"),
         ("head-ct", "labels.csv", replace("5,1\n", "5,2\n"), "class 2 1 images needed"),
-        ("head-ct", "labels.csv", replace("5,1\n", "99,1\n"), "099.png"),
         ("head-ct", "labels.csv", lambda old: b"", "names no image"),
         ("head-ct", "labels.csv", lambda old: b"\xff\xfe\x00junk", "labels.csv"),
         ("head-ct", "labels.csv", lambda old: old.replace(b",1\n", b",0\n"), "class 0"),
@@ -272,13 +257,11 @@ def array(key, change):
         ("covid-ct", "valCT_COVID.txt", lambda old: b"val0-p0-1%0.png\n", "class 1 1 in val"),
         ("covid-ct", "testCT_COVID.txt", replace("test0-p0", "train0-p0"), "listed 2 times"),
         ("covid-ct", "testCT_COVID.txt", None, "0 files testCT_COVID.txt"),
-        ("organ", "organ.npz", lambda old: old[:-100], "organ.npz damaged"),
         ("organ", "organ.npz", lambda old: old[:3000] + b"junk" + old[3004:], "organ.npz damaged"),
         ("organ", "organ.npz", array("val_labels", lambda a: a + 0.5), "organ.npz val float"),
         ("organ", "organ.npz", array("test_labels", lambda a: a[1:]), "test (6, 28, 28) (5, 1)"),
         ("organ", "organ.npz", array("test_labels", lambda a: 0 * a), "class 1 0 in test"),
         ("organ", "organ.npz", array("val_labels", lambda a: a.astype(object)), "damaged pickle"),
-        ("organ", "organ.npz", array("val_images", lambda a: a / 255), "organ.npz val float64"),
         ("organ", "organ.npz", array("val_images", lambda a: a[..., None]), "val (6, 28, 28, 1)"),
     ],
 )
