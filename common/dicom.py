@@ -3,9 +3,10 @@
 Knows nothing of volumes, HU images or strategies.
 """
 
+import hashlib
 import os
 import stat
-from math import inf
+from math import inf, isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
+    RLELossless,
 )
 
 # No CT slice has more, and a few damaged bytes can ask for all of the memory.
@@ -24,6 +26,8 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses, for pydicom too, twi
 SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM")  # in ImageType
 LARGE = 2**16  # bytes: larger elements, such as the pixels, are no part of a header
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data
+PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")
+ACQUISITION = ("TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime")
 
 
 class Unusable(ValueError):
@@ -34,17 +38,20 @@ class Header(NamedTuple):
     """What ordering a DICOM slice and bringing it to HU needs, apart from its pixels."""
 
     series: str
+    patient: str  # hash of what PATIENT holds, so that no name gets out
+    acquisition: list[bytes]  # what ACQUISITION holds, empty where missing
     instance: str  # SOPInstanceUID
     axes: list[float] | None  # ImageOrientationPatient, six numbers
     position: float | None  # mm along the slice normal
     number: float  # InstanceNumber; infinite where missing
     rows: int
     columns: int
+    bits: tuple[int, int]  # BitsStored, HighBit
     signed: bool
     slope: float
     intercept: float  # HU
     padding: tuple[int, int] | None  # stored values, both included
-    plain: tuple[int, int] | None = None  # see plain_pixels
+    plain: int | None = None  # see plain_pixels
 
 
 def read_header(path):
@@ -53,16 +60,20 @@ def read_header(path):
         check_is_file(path)
         dataset = pydicom.dcmread(path, defer_size=LARGE)
         check_is_slice(dataset)
+        bits = value_bits(dataset)
         check_has_pixels(dataset, os.path.getsize(path))
         axes, position = geometry(dataset)
         return Header(
             series=str(dataset.SeriesInstanceUID),
+            patient=hashlib.sha256(repr(raw(dataset, PATIENT)).encode()).hexdigest(),
+            acquisition=raw(dataset, ACQUISITION),
             instance=str(dataset.get("SOPInstanceUID") or path),
             axes=axes,
             position=position,
             number=number(dataset, "InstanceNumber", inf),
             rows=dataset.Rows,
             columns=dataset.Columns,
+            bits=bits,
             signed=dataset.PixelRepresentation == 1,
             slope=number(dataset, "RescaleSlope"),
             intercept=number(dataset, "RescaleIntercept"),
@@ -94,7 +105,7 @@ def check_is_slice(dataset):
         raise Unusable("a DICOMDIR, not an image")
     if not dataset:  # so pydicom answers where compressed pixels, or another element, have no end
         raise Unusable("cut short, or damaged, inside of an element")
-    modality = str(dataset.get("Modality") or "missing")[:16]
+    modality = str(dataset.get("Modality") or "missing")[:16].strip().upper()
     image_type = str(dataset.get("ImageType")).upper()
     frames = dataset.get("NumberOfFrames") or 1
     colour = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")[:16]
@@ -145,13 +156,39 @@ def check_has_pixels(dataset, file_size):
         raise Unusable(f"pixel data is cut short: {present} of {rows * columns} values")
 
 
+def value_bits(dataset):
+    """(BitsStored, HighBit); raises Unusable where they do not tell which bits are the value."""
+    allocated, stored, high = map(dataset.get, ("BitsAllocated", "BitsStored", "HighBit"))
+    if high is None and stored:
+        high = stored - 1
+    said = f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {high}"
+    if allocated not in (8, 16, 32) or not stored or not 0 < stored <= high + 1 <= allocated:
+        raise Unusable(f"{said}: no layout of pixels")
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if high + 1 != stored and syntax and syntax.is_compressed and syntax != RLELossless:
+        raise Unusable(f"{said}: ambiguous in compressed pixels, decompress them first")
+    return stored, high
+
+
+def raw(dataset, keywords):
+    """The bytes of elements, which pydicom would convert in ten times the time."""
+    items = [dataset.get_item(keyword) for keyword in keywords]
+    return [getattr(item, "value", None) or b"" for item in items]
+
+
 def numbers(dataset, keyword, count):
     """An element as so many finite floats; None where it is missing or holds anything else."""
     try:
-        values = np.array(dataset.get(keyword), float).ravel()  # None becomes NaN
-    except Exception:  # whatever pydicom raises for a damaged value
+        element = dataset.get_item(keyword)
+        if element.VR in ("DS", "IS") and isinstance(element.value, bytes):  # as in `raw`
+            values = [float(text) for text in element.value.strip(b"\0 ").split(b"\\")]
+        else:
+            value = dataset[keyword].value
+            words = element.VR == "OW"  # of a padding value, as some scanners write it
+            values = np.array(np.frombuffer(value, "<i2") if words else value, float).ravel()
+    except Exception:  # whatever a missing or a damaged value raises
         return None
-    return values.tolist() if len(values) == count and np.isfinite(values).all() else None
+    return [*map(float, values)] if len(values) == count and all(map(isfinite, values)) else None
 
 
 def number(dataset, keyword, missing=None):
@@ -172,43 +209,64 @@ def geometry(dataset):
 
 
 def padding_range(dataset):
-    """PixelPaddingValue, or its range, as stored values (lowest, highest); None where missing."""
-    first = dataset.get("PixelPaddingValue")
-    if first is None:
+    """PixelPaddingValue, or its range, as stored values (lowest, highest); None where missing.
+
+    Some scanners write -2000 as the unsigned 63536, or the reverse, or twice; and a
+    PixelPaddingRangeLimit of 0 where there is no range.
+    """
+    padding = numbers(dataset, "PixelPaddingValue", 1) or numbers(dataset, "PixelPaddingValue", 2)
+    if not padding:
         return None
-    limits = [first, dataset.get("PixelPaddingRangeLimit") or first]
-    if dataset.PixelRepresentation == 1:  # some scanners write -2000 as the unsigned 63536
-        limits = [limit - 65536 if limit > 32767 else limit for limit in limits]
+    limits = padding[0], number(dataset, "PixelPaddingRangeLimit") or padding[0]
+    words = 2**dataset.BitsAllocated
+    lowest = -words // 2 if dataset.PixelRepresentation == 1 else 0
+    limits = [int(limit - lowest) % words + lowest for limit in limits]
     return min(limits), max(limits)
 
 
 def plain_pixels(dataset):
-    """(offset in the file in bytes, bits stored) of uncompressed little-endian 16-bit pixels.
-
-    None where the pixels are anything else.
-    """
+    """Where uncompressed little-endian 16-bit pixels begin, in bytes; None for any other pixels."""
     pixels = dataset.get_item("PixelData", keep_deferred=True)
     plain = (
         dataset.file_meta.TransferSyntaxUID in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
         and dataset.get("SamplesPerPixel") == 1
         and dataset.BitsAllocated == 16
-        and dataset.get("BitsStored") in range(1, 17)
         and pixels.length == 2 * dataset.Rows * dataset.Columns
     )
-    return (pixels.value_tell, dataset.BitsStored) if plain else None
+    return pixels.value_tell if plain else None
 
 
 def read_stored(path, header):
     """Stored values of a DICOM slice with this Header, integers [height, width]."""
     if header.plain:  # as pydicom would read them, but without parsing the header again
-        offset, bits = header.plain
         kind = "<i2" if header.signed else "<u2"
-        stored = np.fromfile(path, kind, header.rows * header.columns, offset=offset)
-        stored <<= 16 - bits  # what lies in the unused high bits is no part of a value
-        stored >>= 16 - bits
-        return stored.reshape(header.rows, header.columns)
+        words = np.fromfile(path, kind, header.rows * header.columns, offset=header.plain)
+        return stored_of(words.reshape(header.rows, header.columns), header)
+    dataset = pydicom.dcmread(path)
+    dataset.BitsStored = dataset.BitsAllocated  # the bits are cut out here, for all decoders alike
+    dataset.HighBit = dataset.BitsAllocated - 1
     # named, since check_is_slice lets it be missing, and pydicom does not
-    stored = pixel_array(pydicom.dcmread(path), photometric_interpretation="MONOCHROME2")
-    if stored.ndim != 2:
-        raise Unusable(f"pixel data has {stored.ndim} dimensions, not 2")
-    return stored
+    words = pixel_array(dataset, photometric_interpretation="MONOCHROME2")
+    if words.ndim != 2:
+        raise Unusable(f"pixel data has {words.ndim} dimensions, not 2")
+    kind = "ui"[header.signed] + str(dataset.BitsAllocated // 8)  # of this machine's byte order
+    return stored_of(words.astype(kind), header)
+
+
+def stored_of(words, header):
+    """The bits of the values alone, sign extended; overlays and the like lie in the other bits."""
+    stored, high = header.bits
+    below, size = high + 1 - stored, 8 * words.itemsize
+    if below and words.max() < 2**stored and (words & (2**below - 1)).any():
+        raise Unusable(f"HighBit is {high}, but the values lie in the lowest {stored} bits")
+    outside = None
+    if (
+        header.padding
+        and not -(2**stored) // 2 <= header.padding[0] <= header.padding[1] < 2**stored
+    ):
+        outside = (words >= header.padding[0]) & (words <= header.padding[1])
+    words <<= size - 1 - high
+    words >>= size - stored
+    if outside is not None:  # some scanners pad with what BitsStored has no room for
+        words[outside] = header.padding[0]
+    return words
