@@ -173,7 +173,7 @@ def value_bits(dataset):
 def raw(dataset, keywords):
     """The bytes of elements, which pydicom would convert in ten times the time."""
     items = [dataset.get_item(keyword) for keyword in keywords]
-    return [getattr(item, "value", None) or b"" for item in items]
+    return [(getattr(item, "value", None) or b"").strip(b"\0 ") for item in items]
 
 
 def numbers(dataset, keyword, count):

@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections import Counter
+from decimal import Decimal
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -9,15 +12,23 @@ from typing import NamedTuple
 import numpy as np
 
 from common.ct import is_image
-from common.dicom import read_header
+from common.dicom import ACQUISITION, read_header
 
 SAME_AXES = 0.05  # difference of direction cosines
 DIGITS = 3  # of a position in mm, in which two slices must differ
 GAP = 1.5  # times the usual distance of two slices
+LONE = 3  # series of one slice in a study: no chance
+# what most slices of a series have in common: key(Header), tolerance, and what it is
+ODD = (
+    (lambda header: header.axes, SAME_AXES, "orientation"),
+    (lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"),
+)
+# in a name: 7, 2.5, but not 1.2.840, and -10, but not PAT-10
+NUMBER = re.compile(r"((?<![^\W_])-)?((?<!\d\.)\d+\.\d+(?![.\d])|\d+)")
 
 
 class Volume(NamedTuple):
-    name: str  # SeriesInstanceUID, or folder (or name prefix) of images; never a patient's name
+    name: str  # SeriesInstanceUID (and a number), or folder (and name) of images; no patient's name
     files: list[str]  # relative to the data folder, in z order
     positions: list[str]  # mm along the slice normal, or an image's number; "" where unknown
     headers: list  # a Header each, or None for an image
@@ -46,67 +57,92 @@ def list_files(data):
 
 
 def find_volumes(data, files, map=map):
-    """Group files into volumes in z order.
+    """Group files into volumes in z order, each one patient's one acquisition.
 
     data: folder. files: paths relative to it. map: perhaps a parallel one. Returns (volumes
     sorted by name, skipped as a list of (file, reason), warnings as a list of (volume, text)).
     """
-    volumes = image_volumes([file for file in files if is_image(file)])
+    notes = [file for file in files if os.path.basename(file).startswith("._")]
+    files = sorted({*files} - {*notes})
+    volumes, warnings = image_volumes([file for file in files if is_image(file)])
     others = [file for file in files if not is_image(file)]
     headers = map(read_header, [os.path.join(data, file) for file in others])
-    series, skipped, warnings = {}, [], []
-    for file, header in zip(others, headers, strict=True):
-        if isinstance(header, str):
-            skipped.append((file, header))
-        else:
-            series.setdefault(header.series, []).append((file, header))
-    for uid, members in series.items():
-        volume, left_out, texts = series_volume(uid, members)
-        volumes.append(volume)
-        skipped += left_out.items()
-        warnings += [(uid, text) for text in texts]
-    return sorted(volumes, key=lambda volume: volume.name), skipped, sorted(warnings)
+    read = [*zip(others, headers, strict=True)]
+    skipped = [(file, reason) for file, reason in read if isinstance(reason, str)]
+    skipped += [(file, "what macOS notes on another file") for file in notes]
+    slices = [member for member in read if not isinstance(member[1], str)]
+    lone = []
+    for series in grouped(slices, lambda header: header.series):
+        volumes += series_volumes(series, skipped, warnings)
+        lone += series if len(series) == 1 else []
+    for study in grouped(lone, lambda header: header.patient):
+        if len(study) >= LONE:
+            text = f"{len(study)} series of one slice: perhaps one scan, but each is a volume"
+            warnings.append((study[0][1].series, f"in {folder_of(study)}: {text}"))
+    volumes.sort(key=lambda volume: volume.name)
+    for _, *same_name in grouped(
+        [(volume, volume) for volume in volumes], lambda volume: volume.name
+    ):
+        for n, (volume, _) in enumerate(same_name, 2):
+            volumes[volumes.index(volume)] = volume._replace(name=f"{volume.name} {n}")
+    return volumes, skipped, sorted(warnings)
 
 
-def series_volume(uid, members):
-    """(Volume in z order, {file left out: reason}, warnings) of a series' (file, Header)s.
+def grouped(members, key):
+    """Lists of the (file, Header)s of equal key(Header), in the order of their first ones."""
+    groups = {}
+    for member in members:
+        groups.setdefault(key(member[1]), []).append(member)
+    return [*groups.values()]
 
-    Ordered by the position along the slice normal, or, where that is not known of every slice, by
-    InstanceNumber and name.
+
+def folder_of(members):
+    """The folder that holds all (file, Header)s, relative to DATA."""
+    return os.path.commonpath([f"DATA/{os.path.dirname(file)}" for file, _ in members])
+
+
+def series_volumes(members, skipped, warnings):
+    """The Volumes of a series' (file, Header)s; adds to skipped and to warnings."""
+    texts = []
+    members, copies = without_copies(members)
+    skipped += copies
+    instances = len(grouped(members, lambda header: header.instance))
+    if instances < len(members):
+        text = f"{len(members)} slices have {instances} different SOPInstanceUIDs"
+        texts.append(f"{text}: all are kept, since their places differ")
+    patients = grouped(members, lambda header: header.patient)
+    if len(patients) > 1:
+        texts.append(f"{len(patients)} patients or studies have one series UID: each is a volume")
+    volumes = []
+    for of_patient in patients:
+        for key, tolerance, what in ODD:
+            unlike = odd(of_patient, key, tolerance, what)
+            skipped += unlike.items()
+            of_patient = [member for member in of_patient if member[0] not in unlike]
+        of_patient.sort(key=lambda member: (member[1].number, member[0]))
+        parts, told_by = acquisitions(of_patient)
+        if len(parts) > 1:
+            texts.append(f"several scans of one place: {len(parts)} volumes, by {told_by}")
+        volumes += [in_z_order(part, texts) for part in parts]
+    warnings += [(members[0][1].series, f"in {folder_of(members)}: {text}") for text in texts]
+    return volumes
+
+
+def without_copies(members):
+    """((file, Header)s, [(file, reason)] of those that are an earlier one's instance again).
+
+    An instance at another place, or at an unknown one, is no copy: only its UID was copied.
     """
-    left_out = {}
 
-    def leave_out(reasons):
-        left_out.update(reasons)
-        members[:] = [member for member in members if member[0] not in left_out]
+    def identity(header):
+        known = header.position is not None or header.number < inf
+        place = header.position, header.number, header.patient, *header.acquisition
+        return (header.instance, *place) if known else id(header)
 
-    leave_out(repeated(members, lambda header: header.instance, "SOPInstanceUID"))
-    leave_out(odd(members, lambda header: header.axes, SAME_AXES, "orientation"))
-    leave_out(odd(members, lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"))
-    members.sort(key=lambda member: (member[1].number, member[0]))
-    places = [header.position for _, header in members]
-    missing = places.count(None)
-    if missing or (len(places) > 2 and np.ptp(np.round(places, DIGITS)) == 0):
-        lack = f"positions are missing ({missing} of {len(places)}) or all the same"
-        warnings = [f"{lack}: ordered by InstanceNumber, then by name"]
-        positions = [""] * len(members)
-    else:
-        members.sort(key=lambda member: member[1].position)  # equal ones stay ordered by number
-        leave_out(repeated(members, lambda header: round(header.position, DIGITS), "position"))
-        warnings = gaps([header.position for _, header in members])
-        positions = [f"{header.position:.4f}" for _, header in members]
-    files, headers = zip(*members, strict=True)
-    return Volume(uid, list(files), positions, list(headers)), left_out, warnings
-
-
-def repeated(members, key, what):
-    """{file: reason} of the (file, Header)s whose key(Header) an earlier one has."""
-    first = {}
-    reasons = {}
-    for file, header in members:
-        if first.setdefault(key(header), file) != file:
-            reasons[file] = f"same {what} as another: {first[key(header)]}"
-    return reasons
+    groups = grouped(members, identity)
+    reason = "same SOPInstanceUID as another: {}"
+    copies = [(file, reason.format(first[0])) for first, *more in groups for file, _ in more]
+    return [first for first, *_ in groups], copies
 
 
 def odd(members, key, tolerance, what):
@@ -125,6 +161,58 @@ def odd(members, key, tolerance, what):
     return {file: reason.format(*vector) for group in small for file, vector in group}
 
 
+def acquisitions(members):
+    """([(file, Header)s of an acquisition], what tells them apart) of one patient's series.
+
+    Acquisitions of one place, such as time points, are told apart by the first element of
+    ACQUISITION that does so, or the second slice at each position makes a second volume ...
+    """
+    if not positions_known(members):
+        return [members], ""
+    for i, keyword in enumerate(ACQUISITION):
+        parts = grouped(members, lambda header, i=i: header.acquisition[i])
+        places = [[header.position for _, header in part] for part in parts]
+        stretches = sorted((min(part), max(part)) for part in places)
+        overlap = any(upper[0] <= lower[1] for lower, upper in pairwise(stretches))
+        if overlap and all(len(part) > 1 == len(by_turns(part)) for part in parts):
+            return parts, keyword
+    return by_turns(members), "InstanceNumber, then by name"
+
+
+def positions_known(members):
+    places = [header.position for _, header in members]
+    return None not in places and (len(places) < 3 or np.ptp(np.round(places, DIGITS)) > 0)
+
+
+def by_turns(members):
+    """Lists of the first (file, Header) at each position, of the second ones ..."""
+    places = grouped(members, lambda header: round(header.position, DIGITS))
+    turns = range(max(map(len, places)))
+    return [[at_place[turn] for at_place in places if turn < len(at_place)] for turn in turns]
+
+
+def in_z_order(members, texts):
+    """The Volume of an acquisition's (file, Header)s, sorted by number and name; adds to texts.
+
+    Ordered by the position along the slice normal, where that is known of every slice.
+    """
+    numbers = len(grouped(members, lambda header: header.number))
+    if 1 < numbers < len(members):
+        text = f"{len(members)} slices have {numbers} different InstanceNumbers"
+        texts.append(f"{text}: perhaps they are several scans")
+    if positions_known(members):
+        members = sorted(members, key=lambda member: member[1].position)
+        texts += gaps([header.position for _, header in members])
+        positions = [f"{header.position:.4f}" for _, header in members]
+    else:
+        missing = sum(header.position is None for _, header in members)
+        text = f"positions are missing ({missing} of {len(members)}) or all the same"
+        texts.append(f"{text}: ordered by InstanceNumber, then by name")
+        positions = [""] * len(members)
+    files, headers = zip(*members, strict=True)
+    return Volume(headers[0].series, list(files), positions, list(headers))
+
+
 def gaps(positions):
     """A warning, in a list, if some of the sorted positions, in mm, lie much wider than most."""
     distances = np.diff(positions)
@@ -137,33 +225,71 @@ def gaps(positions):
 
 
 def image_volumes(files):
-    """PNG and JPEG files as Volumes, ordered by the last number in the name.
+    """(Volumes, warnings) of PNG and JPEG files.
 
-    A folder is a volume; where all its names are `<volume>_<number>`, and it holds several volumes
-    or is DATA itself, the name before the last `_` is one (the official code's flat layout).
+    A folder is a volume; where names tell several apart, the name less its last number is one, as
+    in the official code's flat layout, `<volume>_<number>`.
     """
-    folders = {}
-    for file in sorted(files, key=number_in_name):
+    folders, volumes, warnings = {}, {}, []
+    for file in sorted(files):
         folders.setdefault(Path(file).parent.as_posix(), []).append(file)
-    volumes = {}
     for folder, members in folders.items():
-        prefixes = [re.fullmatch(r"(.+)_\d+", Path(file).stem) for file in members]
-        flat = all(prefixes) and (len({p[1] for p in prefixes}) > 1 or folder == ".")
-        for file, prefix in zip(members, prefixes, strict=True):
-            name = (Path(folder) / prefix[1]).as_posix() if flat else folder
+        names = [name_and_numbers(file)[0] for file in members]
+        sizes = Counter(names)
+        official = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
+        flat = official and (len(sizes) > 1 or folder == ".")
+        if not flat and several_volumes(members, sizes):
+            flat = True
+            lone = [*sizes.values()].count(1)
+            text = f"names tell {len(sizes)} volumes apart ({', '.join([*sizes][:3])} ...)"
+            warnings.append((folder, f"{text}, {lone} of them of a single file"))
+        for file, name in zip(members, names, strict=True):
+            name = (Path(folder) / name).as_posix() if flat else folder
             volumes.setdefault(name, []).append(file)
-    return [
-        Volume(name, members, [image_number(file) for file in members], [None] * len(members))
-        for name, members in volumes.items()
-    ]
+    ordered = []
+    for name, members in volumes.items():
+        members, numbers, text = in_number_order(members)
+        ordered.append(Volume(name, members, numbers, [None] * len(members)))
+        warnings += [(name, text)] if text else []
+    return ordered, warnings
 
 
-def image_number(file):
-    """The last number in an image's name, without leading zeros; "" where it has none."""
-    numbers = re.findall(r"\d+", Path(file).stem)
-    return str(int(numbers[-1])) if numbers else ""
+def name_and_numbers(file):
+    """pat1_slice007.png -> (pat1_slice, [1, 7]), PAT_120_85_CT.png -> (PAT_120_CT, [120, 85])."""
+    stem = Path(file).stem
+    found = [*NUMBER.finditer(stem)]
+    start, end = found[-1].span() if found else (len(stem), len(stem))
+    return stem[:start].rstrip("-_ .") + stem[end:], [Decimal(match.group()) for match in found]
 
 
-def number_in_name(file):
-    number = image_number(file)
-    return int(number) if number else inf, file
+def several_volumes(files, sizes):
+    """Whether numbers repeat, and most files of a folder are of a name that several have.
+
+    sizes: {name without the number: files}.
+    """
+    lasts = [numbers[-1] for _, numbers in map(name_and_numbers, files) if numbers]
+    shared = sum(size for size in sizes.values() if size > 1)
+    return 1 < len(sizes) and len({*lasts}) < len(lasts) and shared > len(files) / 2
+
+
+def in_number_order(files):
+    """(files in order, the number of each as text, a warning or "") of a volume's images.
+
+    The order is that of the last number in the names that differs in all of them.
+    """
+    found = {file: name_and_numbers(file)[1] for file in files}
+    files = sorted(files, key=lambda file: (not found[file], found[file], file))
+    lasts = [found[file][-1] if found[file] else "" for file in files]
+    columns = [lasts]
+    if len({*map(len, found.values())}) == 1:
+        columns = [*zip(*(found[file] for file in files), strict=True)]
+    telling = [column for column in columns if len({*column} - {""}) == len(files)]
+    if not telling:
+        text = f"{len(files)} names have {len({*lasts} - {''})} different numbers at their end"
+        text += ": ordered by all their numbers, then by name"
+        return files, [*map(str, lasts)], text if len(files) > 1 else ""
+    orders = [sorted(range(len(files)), key=column.__getitem__) for column in telling]
+    differ = any(order != orders[-1] for order in orders)
+    text = "several numbers in the names give several orders: the last one is taken"
+    files = [files[i] for i in orders[-1]]
+    return files, [str(telling[-1][i]) for i in orders[-1]], text if differ else ""
