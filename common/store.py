@@ -22,12 +22,13 @@ from tqdm import tqdm
 from common import ct
 from common.files import atomic_write, code, fail, read_json, refuse_other
 from common.hashing import slice_hash
-from common.volumes import find_volumes, list_files
+from common.volumes import find_volumes, folder_of, list_files
 from common.workers import in_order
 
 NOT_IN_STORE = ("reduce.py", "common/reduction.py", "common/similarity.py")  # they select
 COLUMNS = ["row", "volume", "position", "file", "dhash"]
 A_JOB = 32  # headers or slices, handed to a worker process at once
+FEW = 4  # grey values: CT has more in every slice, a mask or a label map does not
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
 REMEDY = "give another OUT, or delete this one"
 AGAIN = "make it again with reduce.py"
@@ -93,7 +94,7 @@ def build_store(data, out, files, settings, workers):
         for file, position, header in zip(*volume[1:], strict=True)
     ]
     work = partial(decode, data=str(data), size=size, window=settings["window"])
-    lines = []
+    lines, masks = [], {volume.name: folder_of(volume.files) for volume in volumes}
     with atomic_write(out / "slices.npy") as array:
         write_npy_header(array, len(jobs), size)
         results = in_parallel(work, jobs, "slice", workers)
@@ -101,7 +102,9 @@ def build_store(data, out, files, settings, workers):
             if isinstance(result, ct.Unusable):
                 skipped.append((file, str(result)))
                 continue
-            dhash, pixels = result
+            dhash, pixels, few = result
+            if not few:
+                masks.pop(name, None)
             array.write(pixels)
             lines.append((len(lines), name, position, file, dhash))
         if not lines:
@@ -109,10 +112,14 @@ def build_store(data, out, files, settings, workers):
             fail(f"{data}: no CT slice found, for most files: {mode(reasons)}")
         array.seek(0)
         write_npy_header(array, len(lines), size)
+    text = f"no slice has more than {FEW} grey values: a mask, not CT? Move it out of DATA"
+    warnings += [
+        (name, f"in {masks[name]}: {text}") for name in {line[1] for line in lines} & {*masks}
+    ]
     write_csv(out / "slices.csv", [COLUMNS, *lines])
     write_csv(out / "skipped.csv", [("file", "reason"), *sorted(skipped)])
     with atomic_write(out / "store.json", text=True) as file:
-        json.dump(made | {"warnings": warnings}, file, indent=1)
+        json.dump(made | {"warnings": sorted(warnings)}, file, indent=1)
 
 
 def in_parallel(work, items, unit, workers):
@@ -122,18 +129,19 @@ def in_parallel(work, items, unit, workers):
 
 
 def decode(job, data, size, window):
-    """A job of build_store -> (hash of the full resolution, pixels as bytes), or Unusable.
+    """A job of build_store -> (hash of the full resolution, pixels, has few values), or Unusable.
 
-    Pixels: uint8 [size, size], antialiased, larger slices by a mean of whole pixels first (ours).
+    Pixels: the bytes of uint8 [size, size], antialiased, larger slices by a mean of whole pixels
+    first (ours).
     """
     _, _, file, header = job
     try:
         slice8 = ct.read_slice(os.path.join(data, file), window, header)
     except ct.Unusable as error:
         return error
-    bilinear = Image.Resampling.BILINEAR
-    small = Image.fromarray(slice8).resize((size, size), bilinear, reducing_gap=1.0)
-    return slice_hash(slice8), small.tobytes()
+    image = Image.fromarray(slice8)
+    small = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    return slice_hash(slice8), small.tobytes(), image.getcolors(FEW) is not None
 
 
 def write_npy_header(file, n, size):

@@ -78,7 +78,9 @@ def find_volumes(data, files, map=map):
     for study in grouped(lone, lambda header: header.patient):
         if len(study) >= LONE:
             text = f"{len(study)} series of one slice: perhaps one scan, but each is a volume"
-            warnings.append((study[0][1].series, f"in {folder_of(study)}: {text}"))
+            warnings.append(
+                (study[0][1].series, f"in {folder_of(file for file, _ in study)}: {text}")
+            )
     volumes.sort(key=lambda volume: volume.name)
     for _, *same_name in grouped(
         [(volume, volume) for volume in volumes], lambda volume: volume.name
@@ -96,9 +98,9 @@ def grouped(members, key):
     return [*groups.values()]
 
 
-def folder_of(members):
-    """The folder that holds all (file, Header)s, relative to DATA."""
-    return os.path.commonpath([f"DATA/{os.path.dirname(file)}" for file, _ in members])
+def folder_of(files):
+    """The folder that holds all of the files."""
+    return os.path.commonpath([f"DATA/{os.path.dirname(file)}" for file in files])
 
 
 def series_volumes(members, skipped, warnings):
@@ -124,17 +126,17 @@ def series_volumes(members, skipped, warnings):
         if len(parts) > 1:
             texts.append(f"several scans of one place: {len(parts)} volumes, by {told_by}")
         volumes += [in_z_order(part, texts) for part in parts]
-    warnings += [(members[0][1].series, f"in {folder_of(members)}: {text}") for text in texts]
+    warnings += [
+        (members[0][1].series, f"in {folder_of(file for file, _ in members)}: {text}")
+        for text in texts
+    ]
     return volumes
 
 
 def without_copies(members):
-    """((file, Header)s, [(file, reason)] of those that are an earlier one's instance again).
+    """((file, Header)s, [(file, reason)] of those that are an earlier one's instance again)."""
 
-    An instance at another place, or at an unknown one, is no copy: only its UID was copied.
-    """
-
-    def identity(header):
+    def identity(header):  # an instance at another place, or at an unknown one, is no copy
         known = header.position is not None or header.number < inf
         place = header.position, header.number, header.patient, *header.acquisition
         return (header.instance, *place) if known else id(header)
@@ -230,26 +232,27 @@ def image_volumes(files):
     A folder is a volume; where names tell several apart, the name less its last number is one, as
     in the official code's flat layout, `<volume>_<number>`.
     """
-    folders, volumes, warnings = {}, {}, []
-    for file in sorted(files):
+    folders, volumes, ordered, warnings = {}, {}, [], []
+    for file in files:
         folders.setdefault(Path(file).parent.as_posix(), []).append(file)
     for folder, members in folders.items():
-        names = [name_and_numbers(file)[0] for file in members]
+        names, numbers = zip(*map(name_and_numbers, members), strict=True)
         sizes = Counter(names)
-        official = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
-        flat = official and (len(sizes) > 1 or folder == ".")
-        if not flat and several_volumes(members, sizes):
+        shared = sum(size for size in sizes.values() if size > 1)
+        lasts = [found[-1] for found in numbers if found]
+        flat = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
+        if flat:
+            flat = len(sizes) > 1 or folder == "."
+        elif len(sizes) > 1 and len({*lasts}) < len(lasts) and shared > len(members) / 2:
             flat = True
-            lone = [*sizes.values()].count(1)
             text = f"names tell {len(sizes)} volumes apart ({', '.join([*sizes][:3])} ...)"
-            warnings.append((folder, f"{text}, {lone} of them of a single file"))
+            warnings.append((folder, f"{text}, {[*sizes.values()].count(1)} of a single file"))
         for file, name in zip(members, names, strict=True):
             name = (Path(folder) / name).as_posix() if flat else folder
             volumes.setdefault(name, []).append(file)
-    ordered = []
     for name, members in volumes.items():
-        members, numbers, text = in_number_order(members)
-        ordered.append(Volume(name, members, numbers, [None] * len(members)))
+        in_order, numbers, text = in_number_order(members)
+        ordered.append(Volume(name, in_order, numbers, [None] * len(members)))
         warnings += [(name, text)] if text else []
     return ordered, warnings
 
@@ -262,34 +265,21 @@ def name_and_numbers(file):
     return stem[:start].rstrip("-_ .") + stem[end:], [Decimal(match.group()) for match in found]
 
 
-def several_volumes(files, sizes):
-    """Whether numbers repeat, and most files of a folder are of a name that several have.
-
-    sizes: {name without the number: files}.
-    """
-    lasts = [numbers[-1] for _, numbers in map(name_and_numbers, files) if numbers]
-    shared = sum(size for size in sizes.values() if size > 1)
-    return 1 < len(sizes) and len({*lasts}) < len(lasts) and shared > len(files) / 2
-
-
 def in_number_order(files):
     """(files in order, the number of each as text, a warning or "") of a volume's images.
 
     The order is that of the last number in the names that differs in all of them.
     """
     found = {file: name_and_numbers(file)[1] for file in files}
-    files = sorted(files, key=lambda file: (not found[file], found[file], file))
-    lasts = [found[file][-1] if found[file] else "" for file in files]
-    columns = [lasts]
-    if len({*map(len, found.values())}) == 1:
-        columns = [*zip(*(found[file] for file in files), strict=True)]
+    natural = sorted(files, key=lambda file: (not found[file], found[file], file))
+    lasts = [found[file][-1] if found[file] else "" for file in natural]
+    same_length = len({*map(len, found.values())}) == 1
+    columns = [*zip(*map(found.get, natural), strict=True)] if same_length else [lasts]
     telling = [column for column in columns if len({*column} - {""}) == len(files)]
     if not telling:
-        text = f"{len(files)} names have {len({*lasts} - {''})} different numbers at their end"
+        text = f"{len(files)} names end in {len({*lasts} - {''})} different numbers"
         text += ": ordered by all their numbers, then by name"
-        return files, [*map(str, lasts)], text if len(files) > 1 else ""
-    orders = [sorted(range(len(files)), key=column.__getitem__) for column in telling]
-    differ = any(order != orders[-1] for order in orders)
-    text = "several numbers in the names give several orders: the last one is taken"
-    files = [files[i] for i in orders[-1]]
-    return files, [str(telling[-1][i]) for i in orders[-1]], text if differ else ""
+        return natural, [*map(str, lasts)], text if len(files) > 1 else ""
+    numbers, in_order = zip(*sorted(zip(telling[-1], natural, strict=True)), strict=True)
+    text = "" if [*in_order] == natural else "the last of several numbers in the names orders them"
+    return [*in_order], [*map(str, numbers)], text
