@@ -32,12 +32,21 @@ from common import auc, encoder
 from common.figure import figure
 from common.files import Flags, code, fail, number, read_json, refuse_other, run_script
 from common.tables import KEY, ONE_TABLE, add_line, made_by, read_results, scores_file, tables
-from common.tasks import TASKS, checked_folds, draw_labels, load_task, report, split_of
+from common.tasks import (
+    TASKS,
+    check_split,
+    checked_folds,
+    draw_labels,
+    load_task,
+    report,
+    split_of,
+    with_positive,
+)
 
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
 FIXED_C = 1e-2  # where no validation split is used; few labels may want a larger one
 # flags that decide nothing or have a column; all others are settings, some of fine-tuning alone
-NO_SETTINGS = ["data", "encoder", "results", "seeds", "device", "draws", "repeats", *KEY]
+NO_SETTINGS = "data encoder results seeds device draws repeats positive".split() + KEY
 FINETUNE = "epochs freeze_epochs lr lr_after weight_decay batch_size precision".split()
 
 
@@ -48,11 +57,15 @@ def main():
     if args.task == "figure":
         return figure(args.results, args.figure, args.baseline)
     task = load_task(args.task, args.data, args.size)
+    if args.positive:
+        task = with_positive(task, args.positive)
     folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
+    if not folds:
+        check_split(task, args.data)
     for source in set(args.encoder):  # a wrong file is refused before hours with the others
         encoder.load_encoder(source, args.arch, seed=0)
         pretraining(source)
-    report(args.task, task, args.folds)
+    report(args.task, task, folds)
     for seed, source in seeds_and_encoders(args):
         lines = {share: line_of(args, task, seed, source, share) for share in args.label_share}
         lines = {share: line for share, line in lines.items() if not is_done(args.results, line)}
@@ -262,6 +275,10 @@ def finetune(network, task, split, seed, args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     train = torch.from_numpy(split["train"])
+    smallest = len(train) // math.ceil(len(train) / args.batch_size)
+    if smallest == 1 and args.size <= 32:  # a ResNet's last stage is one pixel then
+        what = f"{len(train)} training images in batches of at most {args.batch_size}"
+        fail(f"--batch-size: {what} leave one image alone: give another, or --size above 32")
     best_accuracy = -1.0
     for epoch in tqdm(range(args.epochs), f"{args.name} seed {seed}", unit="epoch"):
         freeze(network, epoch < args.freeze_epochs)
@@ -349,6 +366,7 @@ def add_flags(parser):
     add("data", type=Path, metavar="DATA", help="the task's folder (npz tasks: or its file)")
     add("--encoder", nargs="+", required=True, help="encoder.pt, scratch or imagenet; or more")
     add("--results", type=Path, required=True, help="CSV to add lines to")
+    add("--positive", metavar="CLASS", help="of two, which AUC and F1 are of (default: the last)")
     add("--name", help="row of the tables (default: the encoder's folder); others compare to ALL")
     add("--protocol", choices=["finetune", "linear"], default="finetune", help=default)
     add("--seeds", type=count, default=5, help=f"runs of fine-tuning, and of scratch; {default}")

@@ -50,7 +50,7 @@ def read_image(path):
                 return np.asarray(image if grey else image.convert("L"))
             return np.where(image.convert("RGBA").getchannel("A"), image.convert("L"), np.uint8(0))
     except UnidentifiedImageError:
-        raise Unusable("not a picture, or of no kind that Pillow reads") from None
+        raise Unusable("no picture, such as a PNG or JPEG, that Pillow can read") from None
 
 
 def stored_to_uint8(stored, header, window=None):

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import re
+import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
-from common.ct import read_image, scale_to_uint8
+from common.ct import is_image, read_image, scale_to_uint8
 from common.files import fail
-from common.hashing import SAME_IMAGE, near_duplicates, slice_hash
+from common.hashing import BLOCK, SAME_IMAGE, near_duplicates, slice_hash
 
 TASKS = ["covid-ct", "organ", "head-ct", "images", "toy-lesion", "toy-organ"]
 SPLITS = ["train", "val", "test"]
@@ -66,9 +67,24 @@ def load_task(name, data, size):
 
 
 def list_images(data):
-    """Any folder with labels.csv: `file,label`, and optionally `split` and `group`."""
+    """Any folder with labels.csv, `file,label` and optionally `split,group`, or as list_folders."""
+    if not (data / "labels.csv").is_file():
+        return list_folders(data)
     lines = read_table(data / "labels.csv", ["file", "label"], ["split", "group"])
     return [Listed(**line | {"file": data / line["file"]}) for line in lines]
+
+
+def list_folders(data):
+    """A folder of images for each class; folders below those, such as patients, are groups."""
+    files = [file.relative_to(data) for file in sorted(data.rglob("[!.]*")) if is_image(file)]
+    files = [file for file in files if len(file.parts) > 1]
+    classes = Counter(file.parts[0] for file in files)
+    if len(classes) < 2 or {*classes} <= {*SPLITS, "valid", "validation"}:
+        wanted = "lists file,label (and, if known, split and group: a patient)"
+        fail(f"{data}: needs labels.csv, which {wanted}, or a folder of images for each class")
+    counted = ", ".join(f"{name} ({images})" for name, images in classes.items())
+    print(f"warning: {data}: no labels.csv: a folder is a class: {counted}", file=sys.stderr)
+    return [Listed(data / f, f.parts[0], group="/".join(f.parts[1:-1])) for f in files]
 
 
 def list_head_ct(data):
@@ -149,13 +165,15 @@ def make_task(source, originals, labels, split, groups, size):
     classes = sorted_classes(labels)
     if len(classes) < 2:
         fail(f"{source}: all images are of class {', '.join(classes)}: at least two are needed")
+    for texts in (labels, groups):
+        check_spelling(source, {*map(str, texts)})
     if any(split) and set(split) != set(SPLITS):
         fail(f"{source}: its splits are {sorted(set(split))}: needed are train, val and test")
     hashes = np.array([int(slice_hash(image), 16) for image in originals], np.uint64)
     known_groups = np.unique(groups, return_inverse=True)[1]
     pictures = map(Image.fromarray, originals)
     bilinear = Image.Resampling.BILINEAR  # antialiased (official code)
-    task = Task(
+    return Task(
         images=np.stack([picture.resize((size, size), bilinear) for picture in pictures]),
         labels=np.array([classes.index(label) for label in labels]),
         classes=classes,
@@ -163,10 +181,26 @@ def make_task(source, originals, labels, split, groups, size):
         groups=known_groups if any(groups) else duplicate_groups(hashes),
         hashes=hashes,
     )
-    if task.split is None:
-        check_parts(task, source, {"all": slice(None)}, MADE_FOLDS)
-    check_parts(task, source, split_of(task), 2)
-    return task
+
+
+def check_spelling(source, names):
+    """Stop with one line where names differ in case, or in the spelling of a number, alone."""
+    first = {}
+    for name in sorted(names):
+        value = name.casefold()
+        with suppress(ValueError):
+            value = float(name)
+        if first.setdefault(value, name) != name or value != value:  # NaN: empty, in a spreadsheet
+            fail(f"{source}: {name} is no name, or that of {first[value]} in another spelling")
+
+
+def with_positive(task, name):
+    """The task with this one of its two classes last: AUC and F1 are those of it."""
+    if name not in task.classes or len(task.classes) != 2:
+        fail(f"--positive {name}: is not one of two classes: {', '.join(task.classes)}")
+    if name == task.classes[1]:
+        return task
+    return task._replace(classes=task.classes[::-1], labels=1 - task.labels)
 
 
 def sorted_classes(labels):
@@ -190,6 +224,13 @@ def check_parts(task, source, parts, least):
             )
 
 
+def check_split(task, source):
+    """Stop with one line unless each part of the split has two images of every class."""
+    if task.split is None:
+        check_parts(task, source, {"all": slice(None)}, MADE_FOLDS)
+    check_parts(task, f"{source} (--folds may do, or another split)", split_of(task), 2)
+
+
 def split_of(task):
     """{"train", "val", "test": images}, int [n]: the published split, or one of about 60/20/20 %.
 
@@ -203,6 +244,10 @@ def split_of(task):
 
 def make_folds(task, folds, seed):
     """The images of each fold: stratified by class, whole groups, drawn from the seed."""
+    groups = len(np.unique(task.groups))
+    if groups < folds:
+        more = "use fewer --folds, or tell a split"
+        fail(f"{folds} folds of whole groups need {folds} groups, not {groups}: {more}")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return [test for _, test in splitter.split(task.labels, task.labels, task.groups)]
 
@@ -238,28 +283,54 @@ def duplicate_groups(hashes):
 
 
 def report(name, task, folds):
-    """Print what a task holds, and how far the images that its split tests depend on others."""
+    """Print what a task holds, and how far the images that are tested depend on others.
+
+    folds: checked_folds, or None for the task's split.
+    """
     groups = len(np.unique(task.groups))
     print(f"{name}: {len(task.labels)} images, {groups} groups, classes {', '.join(task.classes)}")
     if len(task.classes) == 2:
         print(f"{name}: AUC and F1 are those of class {task.classes[1]}")
+    everything = np.arange(len(task.labels))
     if folds:  # of whole groups
-        return
-    train, val, test = split_of(task).values()
-    near = near_duplicates(task.hashes[test], SAME_IMAGE, task.hashes[train]).any(axis=1)
-    shared = np.isin(task.groups[test], task.groups[np.concatenate([train, val])])
+        tested, of_group = everything, 0
+        sides = [sum(i * np.isin(everything, fold) for i, fold in enumerate(of)) for of in folds]
+    else:
+        train, val, tested = split_of(task).values()
+        of_group = np.isin(task.groups[tested], task.groups[np.concatenate([train, val])]).sum()
+        sides = [np.isin(everything, train)]
+    pairs = near_pairs(task.hashes)
+    across = [pairs[:, side[pairs[0]] != side[pairs[1]]] for side in sides]
+    near = np.mean([np.isin(tested, leaking).sum() for leaking in across])
     print(
-        f"{name}: {near.sum()} of {len(test)} test images have a near-duplicate (hashes within "
-        f"{SAME_IMAGE} bits) among the training images, {shared.sum()} are of a group of the "
-        "training or validation images"
+        f"{name}: {near:.0f} of {len(tested)} test images have a near-duplicate (hashes within "
+        f"{SAME_IMAGE} bits) among the training images, {of_group} are of a group of the training "
+        "or validation images"
     )
+    if near:
+        joining = np.mean(task.labels[pairs[0]] != task.labels[pairs[1]])
+        print(
+            f"{name}: {joining:.0%} of {pairs.shape[1]} pairs of near-duplicates join two classes: "
+            "so often at least, hashes take the same level of two scans for one scan; what keeps a "
+            "patient on one side is a `group` in labels.csv"
+        )
+
+
+def near_pairs(hashes):
+    """Which two images are near-duplicates, int [2, pairs]."""
+    pairs = []
+    for start in range(0, len(hashes), BLOCK):
+        near = near_duplicates(hashes[start : start + BLOCK], SAME_IMAGE, hashes[start:])
+        pairs.append(np.add(np.nonzero(np.triu(near, 1)), start))
+    return np.concatenate(pairs, axis=1)
 
 
 def find_one(folder, pattern):
     """The only file below folder that fits the pattern."""
-    files = sorted(folder.rglob(pattern))
+    files = [file for file in sorted(folder.rglob(pattern)) if not file.name.startswith("._")]
     if len(files) != 1:
-        fail(f"{folder}: holds {len(files)} files {pattern}, one is needed")
+        named = ", ".join(str(file.relative_to(folder)) for file in files[:3])
+        fail(f"{folder}: holds {len(files)} files {pattern}, one is needed: {named}")
     return files[0]
 
 
@@ -281,6 +352,8 @@ def read_table(path, needed, optional=()):
         for line in reader:
             columns = [*needed, *(name for name in optional if name in line)]
             cells = [line.get(name, "").strip() for name in columns]
+            if None not in line and not any(map(str.strip, line.values())):
+                continue
             if None in line or "" in cells:
                 where = f"{path}: line {reader.line_num}: {line}"
                 fail(f"{where} must tell {' and '.join(columns)}, commas in quotes, and no more")
