@@ -159,8 +159,7 @@ def check_has_pixels(dataset, file_size):
 def value_bits(dataset):
     """(BitsStored, HighBit); raises Unusable where they do not tell which bits are the value."""
     allocated, stored, high = map(dataset.get, ("BitsAllocated", "BitsStored", "HighBit"))
-    if high is None and stored:
-        high = stored - 1
+    high = stored and stored - 1 if high is None else high
     said = f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {high}"
     if allocated not in (8, 16, 32) or not stored or not 0 < stored <= high + 1 <= allocated:
         raise Unusable(f"{said}: no layout of pixels")
@@ -211,8 +210,7 @@ def geometry(dataset):
 def padding_range(dataset):
     """PixelPaddingValue, or its range, as stored values (lowest, highest); None where missing.
 
-    Some scanners write -2000 as the unsigned 63536, or the reverse, or twice; and a
-    PixelPaddingRangeLimit of 0 where there is no range.
+    Seen: -2000 as the unsigned 63536, the reverse, or twice; a limit of 0 where there is no range.
     """
     padding = numbers(dataset, "PixelPaddingValue", 1) or numbers(dataset, "PixelPaddingValue", 2)
     if not padding:

@@ -17,8 +17,6 @@ from common.files import fail
 
 ARCHS = ["resnet18", "resnet50"]
 STAGES = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # of a ResNet, but fc
-# in the names of the copies that MoCo and BYOL keep beside the encoder that is trained
-MOVING_AVERAGES = ("encoder_k.", "momentum_encoder.", "target_network.encoder.")
 MEAN, STD = 0.5, 0.5  # of the network's input; our choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -104,12 +102,13 @@ def read_weights(path):
     first, last = "conv1.weight", "layer4.0.conv1.weight"
     prefixes = [name.removesuffix(last) for name in tensors if name.endswith(last)]
     prefixes = [prefix for prefix in prefixes if prefix + first in tensors]
-    if len(prefixes) > 1:
-        prefixes = [prefix for prefix in prefixes if not prefix.endswith(MOVING_AVERAGES)]
     if not prefixes:
         fail(f"{path}: holds no ResNet: no tensors {first} ... {last} under any prefix")
     if len(prefixes) > 1:
-        fail(f"{path}: holds several ResNets, under {', '.join(prefixes)}: save one alone")
+        fail(
+            f"{path}: holds several ResNets, under {', '.join(prefixes)}: save one alone, with "
+            "torch.save({name: tensor ...}) of the names that begin so"
+        )
     of_resnet = tuple(prefixes[0] + stage for stage in STAGES)
     names = [name for name in tensors if name.startswith(of_resnet)]
     return {name.removeprefix(prefixes[0]): tensors[name] for name in names}
