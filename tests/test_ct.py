@@ -1,18 +1,30 @@
 """From files to volumes in z order, stored values, HU and 8-bit slices."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
 
 from common import ct, dicom, volumes
 
 FLAT = np.zeros((4, 4), int)
 
 
-def load(folder):
-    return volumes.find_volumes(folder, [file for file, _, _ in volumes.list_files(folder)])
+def load(folder, files=None):
+    files = files or [file for file, _, _ in volumes.list_files(folder)]
+    return volumes.find_volumes(folder, files)
 
 
 def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_dicom):
@@ -51,6 +63,9 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
         ([-2000, 0, 1024, -2048], -1024, {}, [-1024, -1024, 0, -1024]),  # official: as a stored 0
         ([-900, 7, 40, 80], -1024, {"PixelPaddingValue": 64636}, [-1024, -1017, -984, -944]),
         ([0, 10, 20, 30], "-01.024000E+03", {"RescaleSlope": "2"}, [-1024, -1004, -984, -964]),
+        ([0, 8192, 9192, 6192], -8192, {}, [-1024, 0, 1000, -1024]),  # Siemens: 0, or -2000 HU
+        ([0, 8192, 9192, 1], -8192, {"PixelPaddingValue": 1}, [-1024, 0, 1000, -1024]),
+        ([0, 1500, 2500, 600], -1500, {}, [-1024, 0, 1000, -900]),
     ],
 )
 def test_hu(tmp_path, write_dicom, stored, intercept, tags, hu):
@@ -73,27 +88,71 @@ def test_the_table_of_grey_values_is_the_plain_formula(padding, window, low, hig
     assert (ct.stored_to_uint8(stored, header, window) == expected).all()
 
 
-@pytest.mark.parametrize("bits", [12, 15, 16])
+@pytest.mark.parametrize("bits, high", [(12, 11), (12, 15), (10, 12), (15, 14), (16, 15), (9, 8)])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(
-    "syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]
+    "syntax",
+    [
+        ImplicitVRLittleEndian,
+        ExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        DeflatedExplicitVRLittleEndian,
+        RLELossless,
+        JPEG2000Lossless,
+    ],
 )
-def test_stored_values_are_those_of_pydicom(tmp_path, write_dicom, bits, signed, syntax):
-    """Whatever the unused high bits hold; little-endian pixels are read without pydicom."""
-    low, high = (-30000, 30000) if signed else (0, 60000)
-    stored = np.random.default_rng(0).integers(low, high, (7, 5))
+def test_stored_values_are_the_bits_that_the_header_tells(
+    tmp_path, write_dicom, bits, high, signed, syntax
+):
+    """Whatever, such as an overlay, the other bits hold; little-endian pixels without pydicom."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**16, (7, 5)).astype(np.uint16)
+    values = (words >> (high + 1 - bits)).astype(int) % 2**bits
+    if signed:
+        values -= 2**bits * (values >= 2 ** (bits - 1))
     path = tmp_path / "a.dcm"
-    write_dicom(path, stored, BitsStored=bits, HighBit=bits - 1)
+    tags = {"BitsStored": bits, "HighBit": high, "PixelRepresentation": int(signed)}
+    write_dicom(path, words, **tags)
     dataset = pydicom.dcmread(path)
-    if syntax == ExplicitVRBigEndian:
-        dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
     dataset["PixelData"].VR = "OW"
+    if syntax == ExplicitVRBigEndian:
+        dataset.PixelData = words.astype(">u2").tobytes()
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    if syntax == JPEG2000Lossless:
+        stream = io.BytesIO()
+        Image.fromarray(words).save(stream, "JPEG2000", no_jp2=True, irreversible=False)
+        dataset.PixelData = encapsulate([stream.getvalue()])
+        dataset["PixelData"].VR = "OB"
     dataset.file_meta.TransferSyntaxUID = syntax
     pydicom.dcmwrite(path, dataset)
     header = dicom.read_header(path)
-    assert (header.plain is None) == (syntax == ExplicitVRBigEndian)
-    for way in (header, header._replace(plain=None)):
-        assert (dicom.read_stored(path, way) == pydicom.dcmread(path).pixel_array).all()
+    if syntax == JPEG2000Lossless and high + 1 != bits:
+        assert "ambiguous" in header
+        return
+    assert (header.plain is not None) == (
+        "VR Little Endian" in syntax.name[:28] and not syntax.is_deflated
+    )
+    assert (dicom.read_stored(path, header) == values).all()
+
+
+@pytest.mark.parametrize(
+    "vr, value",
+    [("SS", -2000), ("US", 63536), ("DS", "-2000"), ("SS", [-2000] * 2), ("OW", b"\x30\xf8")],
+)
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("sign", [0, 1])
+def test_padding_of_any_type(tmp_path, write_dicom, vr, value, bits, sign):
+    """Also unsigned in 12 bits, which have no room for it."""
+    words = np.array([[63536, 0], [1024, 1000]])
+    tags = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": sign}
+    write_dicom(tmp_path / "a.dcm", words, **tags)
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    dataset.add_new("PixelPaddingValue", vr, value)
+    dataset.save_as(tmp_path / "a.dcm")
+    header = dicom.read_header(tmp_path / "a.dcm")
+    stored = dicom.read_stored(tmp_path / "a.dcm", header)
+    assert ct.stored_to_hu(stored, header).ravel().tolist() == [-1024, -1024, 0, -24]
 
 
 def test_scaling_is_min_max_rounded_or_a_window():
@@ -105,19 +164,72 @@ def test_scaling_is_min_max_rounded_or_a_window():
     assert ct.scale_to_uint8(np.full(2, 7.0)).tolist() == [0, 0]
 
 
-def test_image_folders_and_the_flat_layout_of_the_authors(tmp_path):
-    expected = {
-        "one": ["one/p_1.png", "one/p_2.png"],
-        "p1": ["p1_0.png", "p1_2.png", "p1_10.png"],
-        "p_2": ["p_2_1.png"],
-        "scan": ["scan/slice9.png", "scan/slice10.png"],
-        "two/a": ["two/a_1.png"],
-        "two/b": ["two/b_1.png"],
-    }
-    for name in sum(expected.values(), []):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (8, 8)).save(tmp_path / name)
-    grouped, skipped, _ = load(tmp_path)
-    assert not skipped and {volume.name: volume.files for volume in grouped} == expected
-    positions = [position for volume in grouped for position in volume.positions]
-    assert positions == ["1", "2", "0", "2", "10", "1", "9", "10", "1", "1"]
+SAME, APART, BETWEEN = (0, 5), (4, 1), (1, 3)  # mm from scan to scan, and from slice to slice
+
+
+@pytest.mark.parametrize(
+    "z, tags, number, warning",
+    [
+        (SAME, {"SOPInstanceUID": "1.9"}, 3, "12 slices have 1 different SOPInstanceUIDs"),
+        (SAME, {"TemporalPositionIdentifier": "{scan}"}, 3, "3 volumes, by TemporalPosition"),
+        (SAME, {"AcquisitionNumber": "{scan}"}, 3, "3 volumes, by AcquisitionNumber"),
+        (SAME, {"AcquisitionTime": "10150{scan}.5"}, 3, "3 volumes, by AcquisitionTime"),
+        (SAME, {"AcquisitionTime": "10150{i}.{scan}"}, 3, "3 volumes, by InstanceNumber"),
+        (SAME, {"InstanceNumber": "1"}, 3, "3 volumes, by InstanceNumber, then by name"),
+        (SAME, {"PatientID": "Geheim {scan}"}, 3, "3 patients or studies have one series UID"),
+        (BETWEEN, {"PatientName": "Geheim^{scan}"}, 3, "3 patients or studies"),
+        (BETWEEN, {"StudyInstanceUID": "1.{scan}", "InstanceNumber": "1"}, 3, "3 patients"),
+        (BETWEEN, {"AcquisitionNumber": "{scan}"}, 3, "3 volumes, by AcquisitionNumber"),
+        (BETWEEN, {"InstanceNumber": "{i}"}, 1, "12 slices have 4 different InstanceNumbers"),
+        (APART, {"AcquisitionNumber": "{scan}"}, 1, None),
+        (APART, {"SeriesInstanceUID": "1.2.{scan}{i}"}, 12, "12 series of one slice"),
+    ],
+)
+def test_a_volume_is_one_acquisition_of_one_patient(
+    tmp_path, write_dicom, z, tags, number, warning
+):
+    names = [f"{scan}{i}" for scan in range(3) for i in range(4)]
+    for n, name in enumerate(names):
+        scan, i = map(int, name)
+        place = {"ImagePositionPatient": [0, 0, z[0] * scan + z[1] * i], "InstanceNumber": n}
+        told = {tag: text.format(scan=scan, i=i) for tag, text in tags.items()}
+        write_dicom(tmp_path / "some" / name, FLAT, **place | told)
+    grouped, skipped, warnings = load(tmp_path)
+    files = [[Path(file).name for file in volume.files] for volume in grouped]
+    assert not skipped and len(grouped) == number and sorted(sum(files, [])) == names
+    if number == 3:
+        assert files == [names[:4], names[4:8], names[8:]]
+        assert [volume.name for volume in grouped] == ["1.2.3", "1.2.3 2", "1.2.3 3"]
+    said = [f"{volume}: {text}" for volume, text in warnings]
+    assert all(": in DATA/some: " in text and "Geheim" not in text for text in said)
+    assert any(warning in text for text in said) if warning else not said
+
+
+@pytest.mark.parametrize(
+    "names, expected, warning",
+    [
+        ("one/p_1 one/p_2", {"one": "1 2"}, None),
+        ("p1_10 p1_2 p1_0 p_2_1", {"p1": "0 2 10", "p_2": "1"}, None),
+        ("scan/slice10 scan/slice9", {"scan": "9 10"}, None),
+        ("two/a_1 two/b_1", {"two/a": "1", "two/b": "1"}, None),
+        ("v/z_2.5mm v/z_10.0mm v/z_5.0mm", {"v": "2.5 5.0 10.0"}, None),
+        ("v/slice7_w400 v/slice10_w400", {"v": "7 10"}, None),
+        ("v/z_-10 v/z_-5 v/z_0", {"v": "-10 -5 0"}, None),
+        ("v/1.2.840.10 v/1.2.840.9", {"v": "9 10"}, None),
+        (
+            "a_1 a_2 b_1 b_2 view",
+            {"a": "1 2", "b": "1 2", "view": ""},
+            "3 volumes apart (a, b, view",
+        ),
+        ("c/P-001 c/P-002 c/Q-001 c/Q-002", {"c/P": "1 2", "c/Q": "1 2"}, "2 volumes"),
+        ("P_3_85_CT P_3_9_CT P_12_85_CT P_12_9_CT", {"P_12_CT": "9 85", "P_3_CT": "9 85"}, "2 vol"),
+        ("t/1-1 t/2-1 t/2-1x", {"t": "1 1 1"}, "3 names end in 1 different numbers"),
+        ("t/b t/a", {"t": " "}, "2 names end in 0 different numbers: ordered by all"),
+        ("t/1-2 t/2-1", {"t": "1 2"}, "the last of several numbers"),
+    ],
+)
+def test_names_of_pictures_tell_volumes_and_their_order(names, expected, warning):
+    """A folder is a volume, or the authors' flat layout; positions are the numbers, in order."""
+    grouped, _, warnings = load(".", [f"{name}.png" for name in names.split()])
+    assert {volume.name: " ".join(volume.positions) for volume in grouped} == expected
+    assert warning in warnings[0][1] if warning else not warnings

@@ -24,6 +24,7 @@ from pydicom.uid import (
 )
 
 from common import ct, toy, volumes
+from common.files import read_json
 from common.store import read_lines
 
 PIXELS = np.random.default_rng(0).integers(0, 4000, (24, 20))
@@ -62,7 +63,9 @@ def outcome(folder):
         ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels"),
         ({"Rows": 0}, "0 x 20 pixels"),
         ({"Rows": 25}, "pixel data is cut short: 480 of 500 values"),
-        ({"BitsStored": None}, "pixels cannot be decoded"),
+        ({"BitsStored": None}, "no layout of pixels"),
+        ({"BitsStored": 12, "HighBit": 10}, "no layout of pixels"),
+        ({"BitsStored": 12, "HighBit": 15}, "the values lie in the lowest 12 bits"),
         ({"SamplesPerPixel": 3, "Rows": 8, "PlanarConfiguration": 0}, "3 dimensions"),
     ],
 )
@@ -101,7 +104,7 @@ def test_files_that_are_something_else(tmp_path, write_dicom):
         (tmp_path / file).write_bytes(content)
     slices, reasons, _ = outcome(tmp_path)
     assert list(slices) == ["good.dcm"]
-    assert "not a PNG or JPEG" in reasons["text.png"] and "a DICOMDIR" in reasons["DICOMDIR"]
+    assert "no picture" in reasons["text.png"] and "a DICOMDIR" in reasons["DICOMDIR"]
     assert reasons["cut.dcm"] == "pixel data is cut short: 430 of 480 values"
     assert "No such file" in reasons["gone"] and "not a regular file" in reasons["pipe"]
     for file in ("header0.dcm", "notes.dcm", "png.dcm"):
@@ -131,6 +134,7 @@ def compressed(syntax, data):
     return change
 
 
+BITS = "BitsAllocated", "BitsStored", "HighBit"
 SMOOTH = np.add.outer(np.arange(24), np.arange(20)).astype(np.uint8)
 
 
@@ -142,7 +146,8 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, h
     cases = [
         ("j2k", PIXELS, JPEG2000Lossless, lossless, {}),
         ("fewer rows", PIXELS[:12], JPEG2000Lossless, lossless, {}),
-        ("jpeg", SMOOTH, JPEGBaseline8Bit, lossy, {"BitsAllocated": 8, "BitsStored": 8}),
+        ("jpeg", SMOOTH, JPEGBaseline8Bit, lossy, dict(zip(BITS, (8, 8, 7), strict=True))),
+        ("left", PIXELS, JPEG2000Lossless, lossless, {"BitsStored": 12}),
         ("jls1", PIXELS, JPEGLSLossless, b"\xff\xd8\xff\xf7\0\0", {}),
         ("jls2", PIXELS, JPEGLSLossless, b"\xff\xd8\xff\xf7\0\0", {}),
     ]
@@ -152,7 +157,8 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, h
     slices, reasons, _ = outcome(folder)
     assert (slices["j2k"] == ct.scale_to_uint8(PIXELS)).all()
     assert np.abs(slices["jpeg"].astype(int) - ct.scale_to_uint8(SMOOTH)).max() <= 8
-    assert reasons.keys() == {"fewer rows", "jls1", "jls2"}
+    assert reasons.keys() == {"fewer rows", "jls1", "jls2", "left"}
+    assert "HighBit 15: ambiguous in compressed pixels" in reasons["left"]
     assert "cannot be decoded" in reasons["fewer rows"]
     assert "pip install pylibjpeg pylibjpeg-libjpeg" in reasons["jls1"]
     shown = here("reduce.py", folder, tmp_path / "out", "--strategy", "hash")
@@ -165,6 +171,7 @@ def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
         "deflated": lambda dataset: setattr(dataset.file_meta, *deflated),
         "run lengths": lambda dataset: dataset.compress(RLELossless),
         "no photometric": lambda dataset: dataset.pop("PhotometricInterpretation"),
+        "small letters": lambda dataset: setattr(dataset, "Modality", "ct "),
         "trailing": lambda dataset: setattr(dataset, "DataSetTrailingPadding", b"\0" * 1000),
     }
     for i, (name, change) in enumerate(changes.items()):
@@ -185,11 +192,13 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
     write_dicom(tmp_path / "again/2.dcm", PIXELS, ImagePositionPatient=[0, 0, 5], InstanceNumber=99)
     (tmp_path / "copy.dcm").write_bytes((tmp_path / "1.dcm").read_bytes())
     slices, reasons, warnings = outcome(tmp_path)
-    assert list(slices) == [f"{i}.dcm" for i in range(5)] and not warnings
+    assert list(slices) == [*(f"{i}.dcm" for i in range(5)), "again/2.dcm"]
+    assert warnings == [
+        "in DATA: several scans of one place: 2 volumes, by InstanceNumber, then by name"
+    ]
     assert reasons == {
         "+scout.dcm": "orientation unlike most of its series",
         "+small.dcm": "8 x 8 pixels, unlike most of its series",
-        "again/2.dcm": "same position as another: 2.dcm",
         "copy.dcm": "same SOPInstanceUID as another: 1.dcm",
     }
 
@@ -218,22 +227,29 @@ def test_broken_geometry_is_warned_of(tmp_path, write_dicom, where, harm, messag
 def test_pictures_give_their_grey_values(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     colour = np.stack([grey, grey[::-1], grey.T], 2)
-    luma = ct.scale_to_uint8(np.rint(colour @ [0.299, 0.587, 0.114]))
+    luma = np.rint(colour @ [0.299, 0.587, 0.114])
     palette = Image.fromarray(grey)
     palette.putpalette([255 - i // 3 for i in range(768)])  # index i is the grey 255 - i
     pictures = {
         "palette": (palette, 255 - grey),
         "la": (np.dstack([grey, grey.T]), grey),
-        "rgb": (colour, luma),
-        "rgba": (np.dstack([colour, grey]), luma),
+        "rgb": (colour, ct.scale_to_uint8(luma)),
+        "rgba": (np.dstack([colour, grey]), ct.scale_to_uint8(np.where(grey, luma, 0))),
         "bits": (grey > 100, (grey > 100) * 255),
         "deep": (np.array([[0, 300], [600, 60000]], np.uint16), [[0, 1], [3, 255]]),
     }
     for name, (pixels, _) in pictures.items():
         picture = pixels if pixels is palette else Image.fromarray(pixels)
         picture.save(tmp_path / f"{name}.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "exif.png", exif=turned)
+    pictures["exif"] = grey, grey
+    for kind, channels in ((2, 3), (4, 2), (6, 4)):  # colour, grey and alpha, colour and alpha
+        (tmp_path / f"deep{kind}.png").write_bytes(png(1, 1, 16, kind, bytes(1 + 2 * channels)))
     slices, reasons, _ = outcome(tmp_path)
-    assert not reasons
+    assert reasons.keys() == {"deep2.png", "deep4.png", "deep6.png"}
+    assert all("16 bits of colour or with alpha" in reason for reason in reasons.values())
     for name, (_, expected) in pictures.items():
         difference = np.abs(slices[f"{name}.png"] - np.array(expected, int))
         assert difference.max() <= (name in ("rgb", "rgba")), name
@@ -276,6 +292,17 @@ def test_sizes_from_1_to_4096_and_constant_slices(tmp_path, write_dicom, here):
         assert [line["kept"] for line in read_lines(out / "a.csv")][-2:] == ["1", "0"]
     slices = np.load(out / "slices.npy")
     assert slices.shape == (6, 224, 224) and (slices[-2:] == 0).all()
+
+
+def test_masks_beside_ct_are_warned_of(tmp_path, write_dicom, here):
+    write_dicom(tmp_path / "ct/a.dcm", PIXELS)
+    for name, values in {"mask": [0, 1], "labels": [0, 1, 2, 5], "ct": range(5)}.items():
+        pixels = np.resize(np.array(values, np.uint8), (16, 16))
+        (tmp_path / "ct" / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / "ct" / name / "1.png")
+    here("reduce.py", tmp_path / "ct", tmp_path / "out", "--strategy", "all")
+    warnings = read_json(tmp_path / "out/store.json")["warnings"]
+    assert [volume for volume, text in warnings if "a mask" in text] == ["labels", "mask"]
 
 
 def test_a_dirty_tree_is_listed_file_by_file(tmp_path, write_dicom, run):
