@@ -28,17 +28,12 @@ def layouts(weights):
     """Ours, and those of published checkpoints, with the heads that lie beside the encoder."""
     head = torch.ones(2, 2)
     swav = under("model.", weights) | {"model.prototypes.weight": head}
-    average = {key: 0 * value for key, value in weights.items()}
-    moco = under("encoder_q.", weights) | under("encoder_k.", average)
-    byol = under("online_network.encoder.", weights) | under("target_network.encoder.", average)
-    moco_v3 = under("base_encoder.", weights) | under("momentum_encoder.", average)
+    moco = under("module.encoder_q.", weights) | {"module.encoder_q.fc.0.weight": head}
     return {
         "ours": weights,
         "SwAV": {"state_dict": swav | {"model.projection_head.0.weight": head}},
-        "MoCo": {"state_dict": moco | {"encoder_q.fc.0.weight": head}, "epoch": 3},
-        "MoCo, parallel": {"state_dict": under("module.", moco)},
-        "MoCo v3": {"state_dict": under("module.", moco_v3)},
-        "BYOL": {"state_dict": byol},
+        "MoCo": {"state_dict": moco | {"module.queue": head}, "epoch": 3},
+        "MoCo v3": {"state_dict": under("module.base_encoder.", weights)},
         "SparK": {"module": weights, "arch": "resnet18"},
         "compiled": under("_orig_mod.", weights),
         "with its optimizer": {"model": weights, "optimizer": {"state": {0: {"step": head}}}},
@@ -55,13 +50,15 @@ def test_a_checkpoint_of_each_layout_gives_the_same_features(tmp_path, network, 
 
 
 def test_several_encoders_in_a_file_are_named_and_none_is_guessed(tmp_path, network):
-    weights = under("backbone.", network.state_dict())
-    torch.save({"student": weights, "teacher": weights}, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit, match="under student.backbone., teacher.backbone.: save one"):
+    weights = network.state_dict()
+    moco = under("module.encoder_q.", weights) | under("module.encoder_k.", weights)
+    torch.save({"epoch": 3, "state_dict": moco}, tmp_path / "weights.pt")
+    named = "state_dict.module.encoder_q., state_dict.module.encoder_k."
+    with pytest.raises(SystemExit, match=f"several ResNets, under {named}: save one"):
         load_encoder(tmp_path / "weights.pt", "resnet18", 0)
 
 
-@pytest.mark.parametrize("layout", ["ours", "MoCo", "BYOL"])
+@pytest.mark.parametrize("layout", ["ours", "MoCo", "compiled"])
 def test_a_mangled_checkpoint_is_refused(tmp_path, network, layout):
     weights = network.state_dict()
     missing = {key: weights[key] for key in weights if key != "layer3.1.bn2.running_mean"}

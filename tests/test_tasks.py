@@ -116,6 +116,30 @@ def test_any_folder_with_labels_is_a_task(images):
     assert sorted(np.concatenate(list(split_of(task).values()))) == list(range(36))
 
 
+def test_a_folder_is_a_class_where_there_is_no_list(images, capsys):
+    (images / "labels.csv").unlink()
+    for i, file in enumerate(sorted((images / "scans").iterdir())):
+        folder = images / ["COVID", "non-COVID"][i % 2] / f"patient {i % 12}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name)
+        (folder / f"._{file.name}").write_bytes(b"of macOS")
+    task = load_task("images", images, 16)
+    assert "a folder is a class: COVID (18), non-COVID (18)" in capsys.readouterr().err
+    assert task.labels.tolist() == [0] * 18 + [1] * 18 and len(set(task.groups)) == 12
+    covid = tasks.with_positive(task, "COVID")  # of which AUC and F1 are
+    assert covid.classes == ["non-COVID", "COVID"] and (covid.labels == 1 - task.labels).all()
+    assert tasks.with_positive(task, "non-COVID") is task and covid.digest != task.digest
+    with pytest.raises(SystemExit, match="--positive 1: is not one of two classes: COVID, non-"):
+        tasks.with_positive(task, "1")
+
+
+def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_trained(images, stopped):
+    flags = ["--encoder", "scratch", "--arch", "resnet18", "--results", images / "a.csv"]
+    flags += ["--size", 32, "--batch-size", 1]
+    message = "--batch-size: 12 training images in batches of at most 1 leave one image alone"
+    assert message in stopped("evaluate.py", "images", images, *flags)
+
+
 def test_the_source_of_a_covid_ct_image_and_runs_of_numbers(covid):
     sources = {
         "2019-novel-dist_2020_Int-Jour-p3-89%0.png": "2019-novel-dist_2020_Int-Jour",
@@ -159,11 +183,17 @@ def test_too_few_of_a_class_are_refused_before_anything_is_trained():
     one_patient = blank_task([0] * 50 + [1] * 20, [*range(50), *[99] * 20])
     for task, holds in ((few, "4 images of 4 groups"), (one_patient, "20 images of 1 groups")):
         originals = list(task.images)
-        with pytest.raises(SystemExit, match=f"labels.csv: class 1 .{holds}. has . in (all|val)"):
-            tasks.make_task("labels.csv", originals, task.labels, [""], 1 + task.groups, 8)
+        made = tasks.make_task("a", originals, task.labels, [""], 1 + task.groups, 8)
+        with pytest.raises(SystemExit, match=f"labels.csv.* class 1 .{holds}. has . in (all|val)"):
+            tasks.check_split(made, "labels.csv")
         with pytest.raises(SystemExit, match=f"--folds 5 are too many: class 1 .{holds}. has"):
             tasks.checked_folds(task, 5, 1)
     assert [len(repeat) for repeat in tasks.checked_folds(few, 4, 3)] == [4, 4, 4]
+    three = blank_task([0, 1] * 12, np.arange(24) % 8 // 3)  # patients, each with both classes
+    for check in (lambda: tasks.check_split(three, "a"), lambda: tasks.checked_folds(three, 5, 1)):
+        with pytest.raises(SystemExit, match="5 folds of whole groups need 5 groups, not 3"):
+            check()
+    assert len(tasks.checked_folds(three, 3, 1)[0]) == 3
 
 
 def test_a_draw_of_labels_is_a_share_of_each_class():
@@ -219,10 +249,20 @@ def test_leaks_are_test_images_within_4_bits_of_a_training_image(capsys):
     groups = np.arange(30)
     groups[[20, 25, 26]] = [5, 3, 13]
     task = blank_task([0, 1] * 15, groups, np.repeat(["train", "val", "test"], 10))
-    tasks.report("mine", task._replace(hashes=hashes), None)
+    hashes[24] = hashes[20]
+    task = task._replace(hashes=hashes)
+    tasks.report("mine", task, None)
     printed = capsys.readouterr().out
     assert "mine: 30 images, 27 groups, classes 0, 1\n" in printed
-    assert "2 of 10 test images have a near-duplicate" in printed and ", 3 are of a" in printed
+    assert "3 of 10 test images have a near-duplicate" in printed and ", 3 are of a" in printed
+    pairs = [(5, 20), (5, 24), (20, 24), (6, 21), (15, 23)]
+    assert [*zip(*tasks.near_pairs(hashes), strict=True)] == sorted(pairs)
+    assert "60% of 5 pairs of near-duplicates join two classes" in printed
+    side = np.isin(np.arange(30), [5, 6, 20, 15, 23])  # so that 5 and 20 meet in one fold
+    tasks.report("mine", task, [[np.flatnonzero(side), np.flatnonzero(~side)]] * 2)
+    assert "5 of 30 test images have a near-duplicate" in capsys.readouterr().out
+    tasks.report("mine", task._replace(hashes=np.arange(30, dtype=np.uint64) << 35), None)
+    assert "join" not in capsys.readouterr().out
 
 
 def replace(old, new):
@@ -249,6 +289,10 @@ def array(key, change):
         ("images", "labels.csv", replace("train,patient 2", "dev,patient 2"), "'dev' train, val"),
         ("images", "labels.csv", replace("scans/5", "scans/4"), "scans/4.png listed 2 times"),
         ("images", "labels.csv", replace("scans/5", "scans/99"), "scans/99.png"),
+        ("images", "labels.csv", replace("5.png,2", "5.png,2.0"), "2.0 2 another spelling"),
+        ("images", "labels.csv", replace("5.png,2", "5.png,NaN"), "NaN no name"),
+        ("images", "labels.csv", None, "labels.csv file,label split group folder each class"),
+        ("images", "5.png", lambda old: b"DICM" * 99, "5.png no picture"),
         ("head-ct", "labels.csv", replace("5,1\n", "5,2\n"), "class 2 1 images needed"),
         ("head-ct", "labels.csv", lambda old: b"", "names no image"),
         ("head-ct", "labels.csv", lambda old: b"\xff\xfe\x00junk", "labels.csv"),
@@ -274,7 +318,7 @@ def test_a_bad_file_is_named(request, task, file, change, words):
         path.write_bytes(change(before))
         assert path.read_bytes() != before
     with pytest.raises(SystemExit) as caught:
-        load_task(task, data, 24)
+        tasks.check_split(load_task(task, data, 24), data)
     message = str(caught.value)
     assert message.startswith(f"error: {data}") and "\n" not in message
     assert all(word in message for word in words.split()), message
