@@ -39,8 +39,8 @@ class Header(NamedTuple):
 
     series: str
     patient: str  # hash of what PATIENT holds, so that no name gets out
-    acquisition: list[bytes]  # what ACQUISITION holds, empty where missing
-    instance: str  # SOPInstanceUID
+    acquisition: tuple[bytes]  # what ACQUISITION holds, empty where missing
+    instance: str  # SOPInstanceUID, or the path where that, or both number and position, lack
     axes: list[float] | None  # ImageOrientationPatient, six numbers
     position: float | None  # mm along the slice normal
     number: float  # InstanceNumber; infinite where missing
@@ -63,14 +63,16 @@ def read_header(path):
         bits = value_bits(dataset)
         check_has_pixels(dataset, os.path.getsize(path))
         axes, position = geometry(dataset)
+        order = number(dataset, "InstanceNumber", inf)
+        placed = position is not None or order < inf
         return Header(
             series=str(dataset.SeriesInstanceUID),
             patient=hashlib.sha256(repr(raw(dataset, PATIENT)).encode()).hexdigest(),
             acquisition=raw(dataset, ACQUISITION),
-            instance=str(dataset.get("SOPInstanceUID") or path),
+            instance=str(placed and dataset.get("SOPInstanceUID") or path),
             axes=axes,
             position=position,
-            number=number(dataset, "InstanceNumber", inf),
+            number=order,
             rows=dataset.Rows,
             columns=dataset.Columns,
             bits=bits,
@@ -172,7 +174,7 @@ def value_bits(dataset):
 def raw(dataset, keywords):
     """The bytes of elements, which pydicom would convert in ten times the time."""
     items = [dataset.get_item(keyword) for keyword in keywords]
-    return [(getattr(item, "value", None) or b"").strip(b"\0 ") for item in items]
+    return tuple((getattr(item, "value", None) or b"").strip(b"\0 ") for item in items)
 
 
 def numbers(dataset, keyword, count):

@@ -184,14 +184,10 @@ def make_task(source, originals, labels, split, groups, size):
 
 
 def check_spelling(source, names):
-    """Stop with one line where names differ in case, or in the spelling of a number, alone."""
-    first = {}
-    for name in sorted(names):
-        value = name.casefold()
-        with suppress(ValueError):
-            value = float(name)
-        if first.setdefault(value, name) != name or value != value:  # NaN: empty, in a spreadsheet
-            fail(f"{source}: {name} is no name, or that of {first[value]} in another spelling")
+    """Stop with one line at an empty name (in pandas: NaN), or one in two spellings."""
+    for name, times in Counter(name.casefold().removesuffix(".0") for name in names).items():
+        if times > 1 or name == "nan":
+            fail(f"{source}: the label or group {name} is empty, or spelled in several ways")
 
 
 def with_positive(task, name):
@@ -310,9 +306,8 @@ def report(name, task, folds):
     if near:
         joining = np.mean(task.labels[pairs[0]] != task.labels[pairs[1]])
         print(
-            f"{name}: {joining:.0%} of {pairs.shape[1]} pairs of near-duplicates join two classes: "
-            "so often at least, hashes take the same level of two scans for one scan; what keeps a "
-            "patient on one side is a `group` in labels.csv"
+            f"{name}: {joining:.0%} of {pairs.shape[1]} near-duplicate pairs join two classes: the "
+            "same level of two scans, perhaps; to keep patients apart, give a `group`"
         )
 
 

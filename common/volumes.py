@@ -4,8 +4,7 @@ import os
 import re
 from collections import Counter
 from decimal import Decimal
-from itertools import pairwise
-from math import inf
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,30 +62,28 @@ def find_volumes(data, files, map=map):
     sorted by name, skipped as a list of (file, reason), warnings as a list of (volume, text)).
     """
     notes = [file for file in files if os.path.basename(file).startswith("._")]
-    files = sorted({*files} - {*notes})
-    volumes, warnings = image_volumes([file for file in files if is_image(file)])
-    others = [file for file in files if not is_image(file)]
+    images = [file for file in files if is_image(file) and file not in notes]
+    others = [file for file in files if not is_image(file) and file not in notes]
     headers = map(read_header, [os.path.join(data, file) for file in others])
     read = [*zip(others, headers, strict=True)]
     skipped = [(file, reason) for file, reason in read if isinstance(reason, str)]
     skipped += [(file, "what macOS notes on another file") for file in notes]
+    volumes, warnings = image_volumes(images)
     slices = [member for member in read if not isinstance(member[1], str)]
-    lone = []
-    for series in grouped(slices, lambda header: header.series):
-        volumes += series_volumes(series, skipped, warnings)
-        lone += series if len(series) == 1 else []
+    series = grouped(slices, lambda header: header.series)
+    for members in series:
+        volumes += series_volumes(members, skipped, warnings)
+    lone = sum((members for members in series if len(members) == 1), [])
     for study in grouped(lone, lambda header: header.patient):
         if len(study) >= LONE:
             text = f"{len(study)} series of one slice: perhaps one scan, but each is a volume"
-            warnings.append(
-                (study[0][1].series, f"in {folder_of(file for file, _ in study)}: {text}")
-            )
+            warnings.append(in_folder(study, text))
     volumes.sort(key=lambda volume: volume.name)
-    for _, *same_name in grouped(
-        [(volume, volume) for volume in volumes], lambda volume: volume.name
-    ):
-        for n, (volume, _) in enumerate(same_name, 2):
-            volumes[volumes.index(volume)] = volume._replace(name=f"{volume.name} {n}")
+    times = Counter()
+    for i, volume in enumerate(volumes):
+        times[volume.name] += 1
+        if times[volume.name] > 1:
+            volumes[i] = volume._replace(name=f"{volume.name} {times[volume.name]}")
     return volumes, skipped, sorted(warnings)
 
 
@@ -98,24 +95,31 @@ def grouped(members, key):
     return [*groups.values()]
 
 
+def in_folder(members, text):
+    """A warning on a series' (file, Header)s: (SeriesInstanceUID, text with their folder)."""
+    return members[0][1].series, f"in {folder_of(file for file, _ in members)}: {text}"
+
+
 def folder_of(files):
-    """The folder that holds all of the files."""
     return os.path.commonpath([f"DATA/{os.path.dirname(file)}" for file in files])
 
 
 def series_volumes(members, skipped, warnings):
     """The Volumes of a series' (file, Header)s; adds to skipped and to warnings."""
-    texts = []
-    members, copies = without_copies(members)
-    skipped += copies
-    instances = len(grouped(members, lambda header: header.instance))
+    volumes, texts = [], []
+    copies = grouped(
+        members, lambda h: (h.instance, h.patient, h.position, h.number, h.acquisition)
+    )
+    for (original, _), *others in copies:
+        skipped += [(file, f"same SOPInstanceUID as another: {original}") for file, _ in others]
+    members = [first for first, *_ in copies]
+    instances = len({header.instance for _, header in members})
     if instances < len(members):
         text = f"{len(members)} slices have {instances} different SOPInstanceUIDs"
         texts.append(f"{text}: all are kept, since their places differ")
     patients = grouped(members, lambda header: header.patient)
     if len(patients) > 1:
         texts.append(f"{len(patients)} patients or studies have one series UID: each is a volume")
-    volumes = []
     for of_patient in patients:
         for key, tolerance, what in ODD:
             unlike = odd(of_patient, key, tolerance, what)
@@ -126,25 +130,8 @@ def series_volumes(members, skipped, warnings):
         if len(parts) > 1:
             texts.append(f"several scans of one place: {len(parts)} volumes, by {told_by}")
         volumes += [in_z_order(part, texts) for part in parts]
-    warnings += [
-        (members[0][1].series, f"in {folder_of(file for file, _ in members)}: {text}")
-        for text in texts
-    ]
+    warnings += [in_folder(members, text) for text in texts]
     return volumes
-
-
-def without_copies(members):
-    """((file, Header)s, [(file, reason)] of those that are an earlier one's instance again)."""
-
-    def identity(header):  # an instance at another place, or at an unknown one, is no copy
-        known = header.position is not None or header.number < inf
-        place = header.position, header.number, header.patient, *header.acquisition
-        return (header.instance, *place) if known else id(header)
-
-    groups = grouped(members, identity)
-    reason = "same SOPInstanceUID as another: {}"
-    copies = [(file, reason.format(first[0])) for first, *more in groups for file, _ in more]
-    return [first for first, *_ in groups], copies
 
 
 def odd(members, key, tolerance, what):
@@ -189,16 +176,13 @@ def positions_known(members):
 def by_turns(members):
     """Lists of the first (file, Header) at each position, of the second ones ..."""
     places = grouped(members, lambda header: round(header.position, DIGITS))
-    turns = range(max(map(len, places)))
-    return [[at_place[turn] for at_place in places if turn < len(at_place)] for turn in turns]
+    turns = zip_longest(*places)
+    return [[member for member in turn if member is not None] for turn in turns]
 
 
 def in_z_order(members, texts):
-    """The Volume of an acquisition's (file, Header)s, sorted by number and name; adds to texts.
-
-    Ordered by the position along the slice normal, where that is known of every slice.
-    """
-    numbers = len(grouped(members, lambda header: header.number))
+    """The Volume of an acquisition's (file, Header)s, sorted by number and name; adds to texts."""
+    numbers = len({header.number for _, header in members})
     if 1 < numbers < len(members):
         text = f"{len(members)} slices have {numbers} different InstanceNumbers"
         texts.append(f"{text}: perhaps they are several scans")
@@ -220,10 +204,10 @@ def gaps(positions):
     distances = np.diff(positions)
     usual = np.median(distances) if len(distances) else 0
     wide = (distances > GAP * usual).sum()
-    if len(distances) < 2 or not wide:
-        return []
-    widest = f"the widest {distances.max():.1f} mm where {usual:.1f} mm is usual"
-    return [f"gaps along z: {wide}, {widest}: slices may be missing"]
+    text = (
+        f"gaps along z: {wide}, the widest {distances.max(initial=0):.1f} mm where {usual:.1f} mm"
+    )
+    return [f"{text} is usual: slices may be missing"] if wide and len(distances) > 1 else []
 
 
 def image_volumes(files):
@@ -240,11 +224,10 @@ def image_volumes(files):
         sizes = Counter(names)
         shared = sum(size for size in sizes.values() if size > 1)
         lasts = [found[-1] for found in numbers if found]
-        flat = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
-        if flat:
-            flat = len(sizes) > 1 or folder == "."
-        elif len(sizes) > 1 and len({*lasts}) < len(lasts) and shared > len(members) / 2:
-            flat = True
+        official = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
+        guessed = not official and len({*lasts}) < len(lasts) and shared > len(members) / 2
+        flat = len(sizes) > 1 and (official or guessed) or official and folder == "."
+        if flat and guessed:
             text = f"names tell {len(sizes)} volumes apart ({', '.join([*sizes][:3])} ...)"
             warnings.append((folder, f"{text}, {[*sizes.values()].count(1)} of a single file"))
         for file, name in zip(members, names, strict=True):
@@ -268,18 +251,17 @@ def name_and_numbers(file):
 def in_number_order(files):
     """(files in order, the number of each as text, a warning or "") of a volume's images.
 
-    The order is that of the last number in the names that differs in all of them.
+    The order is that of the last numbers in the names, or of all where those do not differ.
     """
     found = {file: name_and_numbers(file)[1] for file in files}
     natural = sorted(files, key=lambda file: (not found[file], found[file], file))
-    lasts = [found[file][-1] if found[file] else "" for file in natural]
-    same_length = len({*map(len, found.values())}) == 1
-    columns = [*zip(*map(found.get, natural), strict=True)] if same_length else [lasts]
-    telling = [column for column in columns if len({*column} - {""}) == len(files)]
-    if not telling:
-        text = f"{len(files)} names end in {len({*lasts} - {''})} different numbers"
+    lasts = {file: found[file][-1:] for file in natural}
+    different = {last for [last] in filter(None, lasts.values())}
+    in_order, text = sorted(natural, key=lasts.get), ""
+    if len(different) < len(files) > 1:
+        in_order = natural
+        text = f"{len(files)} names end in {len(different)} different numbers"
         text += ": ordered by all their numbers, then by name"
-        return natural, [*map(str, lasts)], text if len(files) > 1 else ""
-    numbers, in_order = zip(*sorted(zip(telling[-1], natural, strict=True)), strict=True)
-    text = "" if [*in_order] == natural else "the last of several numbers in the names orders them"
-    return [*in_order], [*map(str, numbers)], text
+    elif in_order != natural:
+        text = "of several numbers in the names, the last one orders them"
+    return in_order, ["".join(map(str, lasts[file])) for file in in_order], text

@@ -213,7 +213,7 @@ def test_a_volume_is_one_acquisition_of_one_patient(
         ("scan/slice10 scan/slice9", {"scan": "9 10"}, None),
         ("two/a_1 two/b_1", {"two/a": "1", "two/b": "1"}, None),
         ("v/z_2.5mm v/z_10.0mm v/z_5.0mm", {"v": "2.5 5.0 10.0"}, None),
-        ("v/slice7_w400 v/slice10_w400", {"v": "7 10"}, None),
+        ("v/s10_w400 v/s7_w400", {"v": "400 400"}, "2 names end in 1 different numbers"),
         ("v/z_-10 v/z_-5 v/z_0", {"v": "-10 -5 0"}, None),
         ("v/1.2.840.10 v/1.2.840.9", {"v": "9 10"}, None),
         (
@@ -225,11 +225,13 @@ def test_a_volume_is_one_acquisition_of_one_patient(
         ("P_3_85_CT P_3_9_CT P_12_85_CT P_12_9_CT", {"P_12_CT": "9 85", "P_3_CT": "9 85"}, "2 vol"),
         ("t/1-1 t/2-1 t/2-1x", {"t": "1 1 1"}, "3 names end in 1 different numbers"),
         ("t/b t/a", {"t": " "}, "2 names end in 0 different numbers: ordered by all"),
-        ("t/1-2 t/2-1", {"t": "1 2"}, "the last of several numbers"),
+        ("t/1-2 t/2-1", {"t": "1 2"}, "of several numbers in the names, the last"),
     ],
 )
 def test_names_of_pictures_tell_volumes_and_their_order(names, expected, warning):
     """A folder is a volume, or the authors' flat layout; positions are the numbers, in order."""
     grouped, _, warnings = load(".", [f"{name}.png" for name in names.split()])
+    if "w400" in names:
+        assert grouped[0].files == ["v/s7_w400.png", "v/s10_w400.png"]
     assert {volume.name: " ".join(volume.positions) for volume in grouped} == expected
     assert warning in warnings[0][1] if warning else not warnings
