@@ -79,7 +79,7 @@ def stored_to_hu(stored, header):
     intercepts of -1000 and -1024, but water in HU (GE head scans), and nothing at -8192 (Siemens).
     """
     hu = stored * header.slope + header.intercept
-    hu[is_padding(stored, header)] = np.clip(header.intercept, *AIR_HU)
+    hu[is_padding(stored, header)] = min(max(header.intercept, AIR_HU[0]), AIR_HU[1])
     return hu
 
 

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from decimal import Decimal
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from common.dicom import ACQUISITION, read_header
 SAME_AXES = 0.05  # difference of direction cosines
 DIGITS = 3  # of a position in mm, in which two slices must differ
 GAP = 1.5  # times the usual distance of two slices
+OVERLAP = 1.2  # times the whole stretch of z are acquisitions of one place together
 LONE = 3  # series of one slice in a study: no chance
 # what most slices of a series have in common: key(Header), tolerance, and what it is
 ODD = (
@@ -160,17 +161,20 @@ def acquisitions(members):
         return [members], ""
     for i, keyword in enumerate(ACQUISITION):
         parts = grouped(members, lambda header, i=i: header.acquisition[i])
-        places = [[header.position for _, header in part] for part in parts]
-        stretches = sorted((min(part), max(part)) for part in places)
-        overlap = any(upper[0] <= lower[1] for lower, upper in pairwise(stretches))
+        overlap = sum(map(extent, parts)) > OVERLAP * extent(members)
         if overlap and all(len(part) > 1 == len(by_turns(part)) for part in parts):
             return parts, keyword
     return by_turns(members), "InstanceNumber, then by name"
 
 
-def positions_known(members):
+def extent(members):
+    """mm along z; None where positions are missing."""
     places = [header.position for _, header in members]
-    return None not in places and (len(places) < 3 or np.ptp(np.round(places, DIGITS)) > 0)
+    return None if None in places else np.ptp(np.round(places, DIGITS))
+
+
+def positions_known(members):
+    return extent(members) is not None and (len(members) < 3 or extent(members) > 0)
 
 
 def by_turns(members):
