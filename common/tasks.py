@@ -303,11 +303,12 @@ def report(name, task, folds):
         f"{SAME_IMAGE} bits) among the training images, {of_group} are of a group of the training "
         "or validation images"
     )
-    if near:
+    if pairs.size:
         joining = np.mean(task.labels[pairs[0]] != task.labels[pairs[1]])
         print(
-            f"{name}: {joining:.0%} of {pairs.shape[1]} near-duplicate pairs join two classes: the "
-            "same level of two scans, perhaps; to keep patients apart, give a `group`"
+            f"{name}: {joining:.0%} of {pairs.shape[1]} near-duplicate pairs join two classes: if "
+            "many do, hashes find the same level, not the same scan, and grouping by them protects "
+            "from nothing; a `group`, such as the patient, in labels.csv does"
         )
 
 
