@@ -259,14 +259,12 @@ def stored_of(words, header):
     below, size = high + 1 - stored, 8 * words.itemsize
     if below and words.max() < 2**stored and (words & (2**below - 1)).any():
         raise Unusable(f"HighBit is {high}, but the values lie in the lowest {stored} bits")
-    outside = None
-    if (
-        header.padding
-        and not -(2**stored) // 2 <= header.padding[0] <= header.padding[1] < 2**stored
-    ):
-        outside = (words >= header.padding[0]) & (words <= header.padding[1])
+    lowest, highest = header.padding or (0, 0)
+    outside = ()
+    if lowest < -(2**stored) // 2 or highest >= 2**stored:  # BitsStored leaves it no room
+        outside = np.nonzero((words >= lowest) & (words <= highest))
     words <<= size - 1 - high
     words >>= size - stored
-    if outside is not None:  # some scanners pad with what BitsStored has no room for
-        words[outside] = header.padding[0]
+    if outside:
+        words[outside] = lowest
     return words
