@@ -172,7 +172,9 @@ def make_task(source, originals, labels, split, groups, size):
     hashes = np.array([int(slice_hash(image), 16) for image in originals], np.uint64)
     known_groups = np.unique(groups, return_inverse=True)[1]
     pictures = map(Image.fromarray, originals)
-    bilinear = Image.Resampling.BILINEAR  # antialiased (official code)
+    # antialiased; ours: the official code's "area" (MONAI) changes AUC by -0.006 to +0.004 on organ
+    # and covid-ct, in 16 pairs of linear lines
+    bilinear = Image.Resampling.BILINEAR
     return Task(
         images=np.stack([picture.resize((size, size), bilinear) for picture in pictures]),
         labels=np.array([classes.index(label) for label in labels]),

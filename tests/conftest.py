@@ -65,7 +65,9 @@ def run():
     """run(script and arguments): the finished process; fails the test unless `ok` fits."""
 
     def call(*command, ok=True, program=sys.executable):
-        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        # a relative path, as people give it; and what other launchers leave behind
+        odd = {"PYTHON": os.path.relpath(sys.executable, ROOT), "WORLD_SIZE": "2", "RANK": "1"}
+        environment = os.environ | odd | {"LOCAL_RANK": "7", "OMP_NUM_THREADS": "1"}
         command = [program, *map(str, command)]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280

@@ -18,7 +18,7 @@ TASKS = ("toy-lesion", "toy-organ")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, run):
-    """(its folder, its command, what it printed) of a copy of the project, in odd paths.
+    """(its folder, its command, what it printed) of a copy of the project, in odd paths, by a link.
 
     A smaller toy set lies there already, which common.toy leaves as it is.
     """
@@ -26,11 +26,12 @@ def made(tmp_path_factory, run):
     code, out = folder / "the code", folder / "out & about"
     toy.write_cohort(out / "toy" / "ct", patients=3, slices=12)
     toy.write_tasks(out / "toy", size=32)
-    settings = {"patients": 8, "seed": 0}  # those of the real one
-    (out / "toy" / "toy.json").write_text(json.dumps({"settings": settings, "code": {}}))
+    (out / "toy" / "toy.json").write_text(json.dumps({"settings": {}, "code": {}}))
     ignored = shutil.ignore_patterns(".*", "results", "tests", "__pycache__")
     shutil.copytree(ROOT, code, ignore=ignored)
-    command = [code / "reproduce.sh", "--out", out, "--seeds", 2, "--rows", ROWS]
+    link = folder / "a link.sh"
+    link.symlink_to(code / "reproduce.sh")
+    command = [link, "--out", out, "--seeds", 2, "--rows", ROWS]
     command += ["--reduce", "--size 32", "--pretrain", PRETRAIN, "--evaluate", EVALUATE]
     return out, command, run(*command, program="bash").stdout
 
