@@ -8,6 +8,7 @@ memory map: the order is the same for every set, however large.
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ READERS = 4  # threads; several, so that a cold disk has several reads to work o
 AHEAD = 8  # batches
 
 # What the random numbers of an epoch or a step are for: each purpose has a stream of its own.
-DRAW_MEMBERS, ORDER, AUGMENT, DROP_NEGATIVES = 1, 2, 3, 4
+DRAW_MEMBERS, ORDER, AUGMENT, DROP_NEGATIVES, HOLD_OUT = 1, 2, 3, 4, 5
 
 
 class Batch(NamedTuple):
@@ -40,6 +41,14 @@ def stream(selection, args, start, device, rank=0, world=1):
     mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many
     slices, for which up to world - 1 slices of a batch sit out.
     """
+    return read_ahead(selection, args, steps(selection, args, start), device, rank, world)
+
+
+def read_ahead(selection, args, batches, device, rank=0, world=1):
+    """Yield the Batch of each (step, indices of its slices), on the device; else as stream.
+
+    For a GPU readers pin it, so that nobody waits for its copy; until then PyTorch keeps it.
+    """
     volume_index = selection.store.volume_index
 
     def load(step, indices):
@@ -54,14 +63,23 @@ def stream(selection, args, start, device, rank=0, world=1):
         rng = np.random.default_rng([args.seed, step, AUGMENT, rank])
         augmentation = draw_augmentation(2 * len(share), rng)
         slices = torch.from_numpy(selection.store.slices[share])
-        return Batch(slices, augmentation, excluded, float(met.sum() / len(indices)))
+        batch = Batch(slices, augmentation, excluded, float(met.sum() / len(indices)))
+        return each_tensor(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
 
+    move = partial(torch.Tensor.to, device=device, non_blocking=True)
     with ThreadPoolExecutor(READERS) as pool:
         coming = deque()
-        for step, indices in steps(selection, args, start):
+        for step, indices in batches:
             coming.append(pool.submit(load, step, indices))
             if len(coming) == AHEAD:
-                yield to_device(coming.popleft().result(), device)
+                yield each_tensor(coming.popleft().result(), move)
+        for batch in coming:
+            yield each_tensor(batch.result(), move)
+
+
+def each_tensor(batch, change):
+    """The Batch with `change` of each of its tensors."""
+    return Batch(*(change(field) if torch.is_tensor(field) else field for field in batch))
 
 
 def steps(selection, args, start):
@@ -77,8 +95,26 @@ def steps(selection, args, start):
 # --- The order of an epoch.
 
 
+def hold_out(selection, share, seed):
+    """(selection to train on, selection held out): whole volumes; (all, None) for a share of 0.
+
+    The volumes are the same for every selection of a store. Slices of the other part have no
+    representative: -1.
+    """
+    if share == 0:
+        return selection, None
+    n = len(selection.store.volumes)
+    drawn = np.random.default_rng([seed, 0, HOLD_OUT]).permutation(n)[: max(1, round(share * n))]
+    held = np.isin(selection.store.volume_index, drawn)
+    kept, representative = selection.kept, selection.representative
+    return tuple(
+        selection._replace(kept=kept[part[kept]], representative=np.where(part, representative, -1))
+        for part in (~held, held)
+    )
+
+
 def slices_per_epoch(selection, sample):
-    return len(selection.representative) if sample == "all" else len(selection.kept)
+    return len(epoch_slices(selection, sample, seed=0, epoch=0))
 
 
 def batches_per_epoch(selection, args):
@@ -86,7 +122,7 @@ def batches_per_epoch(selection, args):
 
 
 def epoch_batches(selection, args, epoch):
-    """The batches of an epoch, arrays of indices: near-equal in size, none above batch_size."""
+    """The batches of an epoch, arrays of indices: near-equal, large first, at most batch_size."""
     slices = epoch_slices(selection, args.sample, args.seed, epoch)
     rng = np.random.default_rng([args.seed, epoch, ORDER])
     runs = cut_into_runs(slices, selection.store.volume_index[slices], args.neighbours, rng)
@@ -97,15 +133,16 @@ def epoch_batches(selection, args, epoch):
 def epoch_slices(selection, sample, seed, epoch):
     """Indices of the slices that an epoch trains on, in the store's order.
 
-    sample: "kept", the selection's slices; "all", every slice of the store; "clusters", soft
-    reduction (our choice): for each representative one slice, drawn anew every epoch from those
-    that it stands for, itself included.
+    sample: "kept", the selection's slices; "all", every slice of the store but those held out;
+    "clusters", soft reduction (our choice): for each representative one slice, drawn anew every
+    epoch from those that it stands for, itself included.
     """
     if sample == "kept":
         return selection.kept
     if sample == "all":
-        return np.arange(len(selection.representative))
-    members = np.argsort(selection.representative, kind="stable")
+        return np.flatnonzero(selection.representative >= 0)
+    members = np.flatnonzero(np.isin(selection.representative, selection.kept))
+    members = members[np.argsort(selection.representative[members], kind="stable")]
     _, first, size = np.unique(
         selection.representative[members], return_index=True, return_counts=True
     )
@@ -156,14 +193,3 @@ def as_many_at_random(mask, rng):
     np.fill_diagonal(lots, np.inf)  # a slice stays with itself
     rank = lots.argsort(axis=1).argsort(axis=1)  # of each lot in its line
     return rank < mask.sum(axis=1, keepdims=True)
-
-
-def to_device(batch, device):
-    """The batch on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
-    if device.type == "cpu":
-        return batch
-    fields = [
-        field.pin_memory().to(device, non_blocking=True) if torch.is_tensor(field) else field
-        for field in batch
-    ]
-    return Batch(*fields)
