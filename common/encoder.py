@@ -47,6 +47,8 @@ def choose_device(name):
         fail(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type not in ("cpu", "cuda"):
         fail(f"--device {name}: give auto, cpu, cuda, cuda:1 ...")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs, streams and NCCL take the current one
     return device
 
 

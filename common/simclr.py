@@ -205,7 +205,10 @@ class LARS(torch.optim.Optimizer):
             momenta = [self.momentum_of(p) for p in weights]
             torch._foreach_mul_(momenta, MOMENTUM)
             torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+            if torch.is_tensor(group["lr"]):  # a CUDA graph's, which is read in every replay
+                torch._foreach_add_(weights, torch._foreach_mul(momenta, -group["lr"]))
+            else:  # rounded once, not twice
+                torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
     def momentum_of(self, parameter):
         state = self.state[parameter]
