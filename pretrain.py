@@ -16,18 +16,21 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import files, simclr
-from common.batches import batches_per_epoch, slices_per_epoch, stream
+from common import batches, files, simclr
+from common.batches import batches_per_epoch, epoch_batches, slices_per_epoch
 from common.encoder import ARCHS, SMALLEST, choose_device, choose_precision, to_input
 from common.files import fail, number
 from common.store import read_selection
 
+METRICS = ("loss", "top1", "std", "positive")  # of a step; positive: cosine of a slice's two views
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
 
@@ -37,15 +40,16 @@ def main():
     device = choose_device(args.device)
     rank, world = join_processes(device)
     selection = read_selection(args.selection)
-    header = describe(args, selection, device, world)
+    selection, held_out = batches.hold_out(selection, args.hold_out, args.seed)
+    header = describe(args, selection, device, world, held_out)
     with files.exclusive(args.run) if rank == 0 else nullcontext():
         saved = open_run(args.run, header, rank, device)
-        train(args, selection, header, saved, device, rank, world)
+        train(args, selection, held_out, header, saved, device, rank, world)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def train(args, selection, header, saved, device, rank, world):
+def train(args, selection, held_out, header, saved, device, rank, world):
     model, optimizer = build(args, device)
     precision = getattr(torch, header["settings"]["precision"])
     steps = header["settings"]["steps"]
@@ -57,17 +61,23 @@ def train(args, selection, header, saved, device, rank, world):
         optimizer.load_state_dict(saved["optimizer"])
     trained = distributed(model, device) if world > 1 else model
     trained.train()
+    take_step = partial(train_step, trained, optimizer, args=args, precision=precision)
+    if header["step"] == "graph":
+        sizes = {len(indices): (0, indices) for indices in epoch_batches(selection, args, 0)}
+        examples = list(batches.read_ahead(selection, args, sizes.values(), device))
+        take_step = graphed(take_step, model, optimizer, examples)
 
-    batches = stream(selection, args, first, device, rank, world)
+    where = (device, rank, world)
+    coming = batches.stream(selection, args, first, *where)
     last_save = time.perf_counter()
     with tqdm(initial=first, total=steps, unit="step", disable=rank > 0) as progress:
         for step in range(first, steps):
             started = time.perf_counter()
-            batch = next(batches)
+            batch = next(coming)
             waited = time.perf_counter() - started
 
             lr = simclr.learning_rate(step, steps, args.warmup, args.lr)
-            metrics = train_step(trained, optimizer, lr, batch, args, precision)
+            metrics = take_step(lr, batch)
 
             epoch_ends = (step + 1) % per_epoch == 0 or step + 1 == steps
             save_now = rank == 0 and time.perf_counter() - last_save > SAVE_EVERY
@@ -79,6 +89,8 @@ def train(args, selection, header, saved, device, rank, world):
             if epoch_ends:
                 log.append(epoch_line(step, per_epoch, lr, measured))
                 measured = []
+                if held_out:
+                    log[-1] |= held_out_metrics(model, held_out, args, precision, *where)
                 if rank == 0:
                     write_log(args.run, log)
             if save_now:
@@ -90,19 +102,87 @@ def train(args, selection, header, saved, device, rank, world):
 
 
 def train_step(model, optimizer, lr, batch, args, precision):
-    """One optimiser step on a batches.Batch: tensor of loss, contrastive top-1, embeddings' std."""
+    """One optimiser step on a batches.Batch, lr a number or a tensor: the metrics of loss_of."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    views = simclr.augment(batch.slices, batch.augmentation, args.size)
-    with torch.autocast(views.device.type, precision, enabled=precision != torch.float32):
-        embeddings = model(to_input(views))
-    loss, top1 = simclr.nt_xent(embeddings, args.temperature, batch.excluded)
+    loss, metrics = loss_of(model, batch, args, precision)
     optimizer.zero_grad()
     # gradients are averaged over processes, but each has only the part of its own views
     (loss * simclr.processes()).backward()
     optimizer.step()
-    std = torch.nn.functional.normalize(embeddings.detach().float(), dim=1).std(0).mean()
-    return torch.stack([loss.detach(), top1, std])
+    return metrics
+
+
+def loss_of(model, batch, args, precision):
+    """(NT-Xent of a batches.Batch, METRICS as a tensor, among them contrastive top-1)."""
+    views = simclr.augment(batch.slices, batch.augmentation, args.size)
+    with torch.autocast(views.device.type, precision, enabled=precision != torch.float32):
+        embeddings = model(to_input(views))
+    loss, top1 = simclr.nt_xent(embeddings, args.temperature, batch.excluded)
+    z = torch.nn.functional.normalize(embeddings.detach().float(), dim=1)
+    positive = torch.cosine_similarity(*z.chunk(2)).mean()
+    return loss, torch.stack([loss.detach(), top1, z.std(0).mean(), positive])
+
+
+def graphed(take_step, model, optimizer, examples):
+    """take_step as CUDA graphs, one for each size of a batch: the GPU waits for Python no more.
+
+    examples: a Batch of each size, the largest first, for graphs share memory; later batches are
+    copied over them and a graph replayed, all on one stream, so that none overtakes the other. As
+    in PyTorch's notes, steps come before in which all is set up; what they change is put back.
+    """
+
+    def changed():
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        return [*model.state_dict().values(), *states]  # also batch norm's statistics
+
+    for group in optimizer.param_groups:
+        group["capturable"] = True  # AdamW asks for it
+    rate = torch.zeros((), device=examples[0].slices.device)
+    before = [tensor.cpu() for tensor in changed()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in 3 * examples:
+            take_step(rate, batch)
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor, value in zip_longest(changed(), before, fillvalue=torch.zeros(())):
+        tensor.copy_(value)  # 0 where the optimiser has made it just now
+    pool, graphs = torch.cuda.graph_pool_handle(), {}
+    for batch in examples:
+        optimizer.zero_grad()  # so that gradients lie in the graphs' memory
+        graph = torch.cuda.CUDAGraph()
+        # not "global", in which a reader of other batches that pins memory breaks the capture
+        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+            metrics = take_step(rate, batch)
+        graphs[len(batch.slices)] = graph, batch, metrics
+
+    def replay(lr, batch):
+        graph, inputs, metrics = graphs[len(batch.slices)]
+        rate.fill_(lr)
+        for target, source in zip(inputs, batch, strict=True):
+            if torch.is_tensor(source):
+                target.copy_(source)
+        graph.replay()
+        return metrics.clone()
+
+    return replay
+
+
+@torch.no_grad()
+def held_out_metrics(model, held_out, args, precision, *where):
+    """{"held_out_loss", "held_out_positive"}: means over batches and views that stay the same.
+
+    Batch norm takes its running statistics, as in all later use of the encoder: an embedding does
+    not depend on the slices beside it, and nothing is updated.
+    """
+    model.eval()
+    epoch = enumerate(epoch_batches(held_out, args, 0))
+    coming = batches.read_ahead(held_out, args, epoch, *where)
+    measured = [loss_of(model, batch, args, precision)[1] for batch in coming]
+    model.train()
+    loss, _, _, positive = torch.stack(measured).mean(0).tolist()
+    return {"held_out_loss": round(loss, 5), "held_out_positive": round(positive, 5)}
 
 
 def parse_args():
@@ -129,6 +209,7 @@ def parse_args():
     add("--temperature", type=positive, default=0.1, help="of NT-Xent (SimCLR: 0.1)")
     sample = "slices of an epoch: kept; all of the store; or one drawn from each cluster, anew"
     add("--sample", choices=["kept", "all", "clusters"], default="kept", help=sample)
+    add("--hold-out", type=share, default=0.0, metavar="SHARE", help="volumes for the log alone")
     add("--neighbours", type=count, default=1, metavar="C", help="batches of runs of C neighbours")
     add("--mask-negatives", type=bits, metavar="BITS", help="near-duplicates are no negatives")
     add("--mask-random", action="store_true", help="its control: as many go, drawn at random")
@@ -159,21 +240,20 @@ def join_processes(device):
     """(rank, number of processes): one process, or those that torchrun started."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
-def describe(args, selection, device, world):
+def describe(args, selection, device, world, held_out=None):
     """The first line of the log: what makes this run, and the machine that it runs on."""
     precision = choose_precision(args.precision, device)
-    slices = slices_per_epoch(selection, args.sample)
-    per_epoch = batches_per_epoch(selection, args)
-    smallest = slices // per_epoch
-    if smallest < max(2 * args.loss_groups, world):
-        needs = f"2 for each of {args.loss_groups} --loss-groups, 1 for each of {world} processes"
-        fail(f"{args.selection}: {slices} slices make batches of {smallest}: a batch needs {needs}")
+    needs = f"2 for each of {args.loss_groups} --loss-groups, 1 for each of {world} processes"
+    for part in (held_out or selection, selection):
+        slices, per_epoch = slices_per_epoch(part, args.sample), batches_per_epoch(part, args)
+        smallest = slices // max(per_epoch, 1)
+        if smallest < max(2 * args.loss_groups, world):
+            name = f"{args.selection}{' held out' if part is held_out else ''}"
+            fail(f"{name}: {slices} slices make batches of {smallest}: a batch needs {needs}")
     apart = ("selection", "run", "epochs", "device")  # told by what follows, or only say where
     flags = {name: value for name, value in vars(args).items() if name not in apart}
     settings = flags | {
@@ -188,6 +268,7 @@ def describe(args, selection, device, world):
         "settings": settings,
         "code": files.code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "step": "graph" if device.type == "cuda" and world == 1 else "eager",
         "threads": torch.get_num_threads(),
         "versions": files.versions(),
     }
@@ -254,13 +335,11 @@ def epoch_line(step, per_epoch, lr, measured):
     images_per_second counts views, two a slice.
     """
     metrics, dose, views, waited, seconds = zip(*measured, strict=True)
-    loss, top1, std = torch.stack(metrics).mean(0).tolist()
+    means = zip(METRICS, torch.stack(metrics).mean(0).tolist(), strict=True)
     return {
         "epoch": step // per_epoch + 1,
         "step": step + 1,
-        "loss": round(loss, 5),
-        "top1": round(top1, 5),
-        "std": round(std, 5),
+        **{name: round(mean, 5) for name, mean in means},
         "lr": lr,
         "dose": round(sum(dose) / len(dose), 4),
         "images_per_second": round(sum(views) / sum(seconds), 1),
