@@ -129,6 +129,7 @@ def test_a_finished_run_is_left_and_another_refused(store, here, stopped, tmp_pa
     assert "otherwise (slices " in line and ", selection " in line
     assert digest(run) == before
     header = log(run)[0]
+    assert {*header} == {"command", "settings", "code", "device", "step", "threads", "versions"}
     assert {"pretrain.py", "common/simclr.py", "common/batches.py"} <= header["code"].keys()
     header["code"]["common/simclr.py"] = "before"  # as after an edit
     (run / "log.jsonl").write_text(json.dumps(header) + "\n")
@@ -154,11 +155,11 @@ def test_runs_of_as_many_steps_have_the_same_schedule(store, here, tmp_path, sma
 
 
 def test_a_line_of_the_log_is_the_mean_of_its_steps():
-    metrics = torch.tensor([[1.0, 0.2, 0.3], [2.0, 0.4, 0.1]])
-    steps = [(metrics[0], 4.0, 16, 0.5, 1.0), (metrics[1], 2.0, 16, 0.5, 1.0)]
+    steps = [(torch.tensor([1.0, 0.2, 0.3, 0.4]), 4.0, 16, 0.5, 1.0)]
+    steps += [(torch.tensor([2.0, 0.4, 0.1, 0.8]), 2.0, 16, 0.5, 1.0)]
     line = pretrain.epoch_line(7, 4, 0.1, steps)
     assert (line["epoch"], line["step"], line["lr"], line["dose"]) == (2, 8, 0.1, 3)
-    assert (line["loss"], line["top1"], line["std"]) == (1.5, 0.3, 0.2)
+    assert [line[name] for name in pretrain.METRICS] == [1.5, 0.3, 0.2, 0.6]
     assert (line["images_per_second"], line["seconds"], line["waiting"]) == (16, 2, 0.5)
 
 
