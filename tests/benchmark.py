@@ -2,6 +2,7 @@
 
     python tests/benchmark.py reduce --dicom DIR
     python tests/benchmark.py pretrain --volumes DIR
+    python tests/benchmark.py pretrain    # on a GPU: a table, of made-up CT
 
 The sides of a comparison take turns (A B A B ...). Printed are medians (smallest to largest); a
 ratio is taken round by round. The plain way, plain_hash.py, needs what the package does not:
@@ -26,6 +27,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import gpu_table  # noqa: E402
+
 import pretrain  # noqa: E402
 from common import encoder  # noqa: E402
 from common.batches import stream  # noqa: E402
@@ -95,6 +98,8 @@ def repeat_slices(source, target, slices):
 
 def pretrain_part(args, folder):
     """A step of pretrain.py, data and augmentation included, beside the bare one."""
+    if args.volumes is None:
+        return gpu_table.on_a_gpu(folder, run)
     run("reduce.py", args.volumes, folder / "store", "--strategy", "all")
     selection = read_selection(folder / "store" / "all.csv")
     flags = ["--arch", args.arch, "--size", args.size, "--batch-size", args.batch_size]
@@ -112,22 +117,11 @@ def pretrain_part(args, folder):
             pretrain.train_step(model, optimizer, 1e-3, batch, settings, precision).sum().item()
 
     inputs = encoder.to_input(torch.rand(2 * args.batch_size, args.size, args.size, device=device))
-    bare = partial(bare_steps, args, model, optimizer, precision, inputs)
+    bare = partial(gpu_table.bare_steps, args.steps, model, optimizer, precision, inputs)
     ours()  # the first steps take longer
     title = f"pretrain.py, {args.arch}, {args.size} px, batch {args.batch_size}"
     sides = {"ours": ours, "forward, backward and optimiser alone": bare}
     compare(title, args, sides, 2 * args.batch_size * args.steps, "views")
-
-
-def bare_steps(args, model, optimizer, precision, inputs):
-    """Training steps without data, augmentation and loss."""
-    for _ in range(args.steps):
-        with torch.autocast(inputs.device.type, precision, enabled=precision != torch.float32):
-            loss = model(inputs).float().square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    loss.item()
 
 
 # --- Measuring
