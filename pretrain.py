@@ -252,8 +252,8 @@ def describe(args, selection, device, world, held_out=None):
         slices, per_epoch = slices_per_epoch(part, args.sample), batches_per_epoch(part, args)
         smallest = slices // max(per_epoch, 1)
         if smallest < max(2 * args.loss_groups, world):
-            name = f"{args.selection}{' held out' if part is held_out else ''}"
-            fail(f"{name}: {slices} slices make batches of {smallest}: a batch needs {needs}")
+            found = f"{slices} slices {'held out' if part is held_out else 'to train on'}"
+            fail(f"{args.selection}: {found} make batches of {smallest}: a batch needs {needs}")
     apart = ("selection", "run", "epochs", "device")  # told by what follows, or only say where
     flags = {name: value for name, value in vars(args).items() if name not in apart}
     settings = flags | {

@@ -96,10 +96,9 @@ def steps(selection, args, start):
 
 
 def hold_out(selection, share, seed):
-    """(selection to train on, selection held out): whole volumes; (all, None) for a share of 0.
+    """(selection to train on, selection held out or None): whole volumes, one draw for a store.
 
-    The volumes are the same for every selection of a store. Slices of the other part have no
-    representative: -1.
+    In each of them slices of the other have no representative: -1.
     """
     if share == 0:
         return selection, None
