@@ -2,6 +2,7 @@
 
     python pretrain.py OUT/hash-6.csv RUN --epochs 100    # RUN/encoder.pt and log.jsonl
     python pretrain.py OUT/hash-6.csv RUN --steps-of RUN2    # as many steps as another run
+    python pretrain.py OUT/hash-6.csv RUN --hold-out 0.1    # and the log has the loss of other CT
     torchrun --nproc-per-node 8 pretrain.py OUT/hash-6.csv RUN    # 8 GPUs share a batch
 
 Without flags it is the paper's 800 epochs of a ResNet-50 with LARS, for a GPU; on a CPU give --arch
@@ -209,7 +210,7 @@ def parse_args():
     add("--temperature", type=positive, default=0.1, help="of NT-Xent (SimCLR: 0.1)")
     sample = "slices of an epoch: kept; all of the store; or one drawn from each cluster, anew"
     add("--sample", choices=["kept", "all", "clusters"], default="kept", help=sample)
-    add("--hold-out", type=share, default=0.0, metavar="SHARE", help="volumes for the log alone")
+    add("--hold-out", type=share, default=0.0, help="share of volumes not trained on, but logged")
     add("--neighbours", type=count, default=1, metavar="C", help="batches of runs of C neighbours")
     add("--mask-negatives", type=bits, metavar="BITS", help="near-duplicates are no negatives")
     add("--mask-random", action="store_true", help="its control: as many go, drawn at random")
