@@ -383,7 +383,7 @@ def add_flags(parser):
     add("--label-share", **share, help="of the training labels; several: a line each")
     add("--folds", type=number(int, least=2), help="cross-validation instead of the task's split")
     add = parser.add_argument_group(
-        "finetune (the paper's, but for batches and precision)"
+        "finetune (the paper's, but for batches, precision, resize)"
     ).add_argument
     frozen = f"first epochs, which train batch norm and the linear layer alone; {default}"
     add("--epochs", type=count, default=70, help=default)

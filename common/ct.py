@@ -85,7 +85,7 @@ def stored_to_hu(stored, header):
 
 def is_padding(stored, header):
     """Bool mask: which stored values lie outside the field of view."""
-    fill = PAINTED_PADDING
+    fill = PAINTED_PADDING / header.slope
     if header.intercept < AIR_HU[0]:  # no air is stored as 0, and the fill may be one of HU
         fill = max(0, (PAINTED_PADDING - header.intercept) / header.slope)
     padding = stored <= fill

@@ -26,6 +26,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses, for pydicom too, twi
 SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM")  # in ImageType
 LARGE = 2**16  # bytes: larger elements, such as the pixels, are no part of a header
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data
+PAINTED = 2**16 - 2000  # padding of -2000 in unsigned words, also without an element that says so
 PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")
 ACQUISITION = ("TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime")
 
@@ -216,7 +217,8 @@ def padding_range(dataset):
     """
     padding = numbers(dataset, "PixelPaddingValue", 1) or numbers(dataset, "PixelPaddingValue", 2)
     if not padding:
-        return None
+        words = dataset.BitsAllocated == 16 and dataset.PixelRepresentation == 0
+        return (PAINTED, PAINTED) if words else None
     limits = padding[0], number(dataset, "PixelPaddingRangeLimit") or padding[0]
     words = 2**dataset.BitsAllocated
     lowest = -words // 2 if dataset.PixelRepresentation == 1 else 0
@@ -261,7 +263,8 @@ def stored_of(words, header):
         raise Unusable(f"HighBit is {high}, but the values lie in the lowest {stored} bits")
     lowest, highest = header.padding or (0, 0)
     outside = ()
-    if lowest < -(2**stored) // 2 or highest >= 2**stored:  # BitsStored leaves it no room
+    no_room = lowest < -(2**stored) // 2 or highest >= 2**stored  # in BitsStored
+    if no_room and (lowest < 0 or words.max() >= lowest):
         outside = np.nonzero((words >= lowest) & (words <= highest))
     words <<= size - 1 - high
     words >>= size - stored

@@ -20,6 +20,7 @@ from common.hashing import BLOCK, SAME_IMAGE, near_duplicates, slice_hash
 
 TASKS = ["covid-ct", "organ", "head-ct", "images", "toy-lesion", "toy-organ"]
 SPLITS = ["train", "val", "test"]
+NO_CLASSES = {*SPLITS, "training", "valid", "validate", "validation", "testing"}  # as folders
 MADE_FOLDS = 5  # of a split that we make: one tests, one validates, the others train
 
 
@@ -75,16 +76,19 @@ def list_images(data):
 
 
 def list_folders(data):
-    """A folder of images for each class; folders below those, such as patients, are groups."""
-    files = [file.relative_to(data) for file in sorted(data.rglob("[!.]*")) if is_image(file)]
-    files = [file for file in files if len(file.parts) > 1]
+    """A folder of images for each class; the folders in it, such as patients, are groups."""
+    found = [path.relative_to(data) for path in sorted(data.rglob("*")) if path.is_file()]
+    shown = [f for f in found if not any(part.startswith((".", "__")) for part in f.parts)]
+    files = [file for file in shown if is_image(file) and len(file.parts) > 1]
     classes = Counter(file.parts[0] for file in files)
-    if len(classes) < 2 or {*classes} <= {*SPLITS, "valid", "validation"}:
+    if len(classes) < 2 or {name.casefold() for name in classes} <= NO_CLASSES:
         wanted = "lists file,label (and, if known, split and group: a patient)"
         fail(f"{data}: needs labels.csv, which {wanted}, or a folder of images for each class")
     counted = ", ".join(f"{name} ({images})" for name, images in classes.items())
-    print(f"warning: {data}: no labels.csv: a folder is a class: {counted}", file=sys.stderr)
-    return [Listed(data / f, f.parts[0], group="/".join(f.parts[1:-1])) for f in files]
+    text = f"no labels.csv: a folder is a class: {counted}; {len(shown) - len(files)} other files"
+    print(f"warning: {data}: {text}", file=sys.stderr)
+    nested = any(len(file.parts) > 2 for file in files)
+    return [Listed(data / f, f.parts[0], group=f.parts[1] if nested else "") for f in files]
 
 
 def list_head_ct(data):
@@ -244,7 +248,7 @@ def make_folds(task, folds, seed):
     """The images of each fold: stratified by class, whole groups, drawn from the seed."""
     groups = len(np.unique(task.groups))
     if groups < folds:
-        more = "use fewer --folds, or tell a split"
+        more = f"give --protocol linear --folds {groups}, or a column split"
         fail(f"{folds} folds of whole groups need {folds} groups, not {groups}: {more}")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return [test for _, test in splitter.split(task.labels, task.labels, task.groups)]
@@ -307,11 +311,12 @@ def report(name, task, folds):
     )
     if pairs.size:
         joining = np.mean(task.labels[pairs[0]] != task.labels[pairs[1]])
-        print(
-            f"{name}: {joining:.0%} of {pairs.shape[1]} near-duplicate pairs join two classes: if "
-            "many do, hashes find the same level, not the same scan, and grouping by them protects "
-            "from nothing; a `group`, such as the patient, in labels.csv does"
-        )
+        print(f"{name}: {joining:.0%} of {pairs.shape[1]} near-duplicate pairs join two classes")
+        if name == "images" and joining > 0.1:
+            print(
+                f"{name}: so hashes find the same level, not the same scan, and grouping by them "
+                "is no protection: give labels.csv a column group, such as the patient"
+            )
 
 
 def near_pairs(hashes):
@@ -338,7 +343,8 @@ def readable(file):
     try:
         yield
     except Exception as error:
-        fail(f"{file}: damaged, or not what it should be: {' '.join(str(error).split())}")
+        said = getattr(error, "strerror", None) or str(error)
+        fail(f"{file}: cannot be used: {' '.join(said.split())}")
 
 
 def read_table(path, needed, optional=()):
@@ -346,7 +352,12 @@ def read_table(path, needed, optional=()):
     lines = []
     with readable(path):
         reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        if missing := [name for name in needed if name not in reader.fieldnames]:
+            raise ValueError(f"its first line lacks {', '.join(missing)} (or commas between)")
+        if optional and (other := {*reader.fieldnames} - {*needed, *optional}):
+            unused = f"columns not used: {', '.join(sorted(other))}; known: {', '.join(optional)}"
+            print(f"warning: {path}: {unused}", file=sys.stderr)
         for line in reader:
             columns = [*needed, *(name for name in optional if name in line)]
             cells = [line.get(name, "").strip() for name in columns]

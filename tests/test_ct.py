@@ -155,6 +155,16 @@ def test_padding_of_any_type(tmp_path, write_dicom, vr, value, bits, sign):
     assert ct.stored_to_hu(stored, header).ravel().tolist() == [-1024, -1024, 0, -24]
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+def test_padding_in_unsigned_words_without_an_element(tmp_path, write_dicom, bits):
+    words = np.array([[63536, 0], [1024, 1000]])
+    tags = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 0}
+    write_dicom(tmp_path / "a.dcm", words, **tags)
+    header = dicom.read_header(tmp_path / "a.dcm")
+    stored = dicom.read_stored(tmp_path / "a.dcm", header)
+    assert ct.stored_to_hu(stored, header).ravel().tolist() == [-1024, -1024, 0, -24]
+
+
 def test_scaling_is_min_max_rounded_or_a_window():
     """Paper: min-max of each slice; a constant one is 0 (ours)."""
     values = np.array([-1024.0, 0.0, 1.0, 3071.0])

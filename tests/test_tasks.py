@@ -1,6 +1,7 @@
 """The downstream sets: what is read, splits and folds, near-duplicates, what is refused."""
 
 import io
+import shutil
 
 import imagehash
 import numpy as np
@@ -98,7 +99,7 @@ def test_published_sets(covid, head, organ):
     assert load_task("organ", organ / "organ.npz", 28).digest == task.digest
 
 
-def test_any_folder_with_labels_is_a_task(images):
+def test_any_folder_with_labels_is_a_task(images, capsys):
     task = load_task("images", images, 16)
     for i in (0, 5, 13, 35):
         label = ["10", "9", "2"][i % 3]
@@ -108,6 +109,11 @@ def test_any_folder_with_labels_is_a_task(images):
     darker = np.array(Image.open(images / "scans" / "3.png")) // 2
     Image.fromarray(darker).save(images / "scans" / "7.png")
     labels = images / "labels.csv"
+    labels.write_text(labels.read_text().replace("group", "Group", 1))  # as people write it
+    assert len(set(load_task("images", images, 16).groups)) == 18
+    labels.write_text(labels.read_text().replace("Group", "patient_id", 1))
+    load_task("images", images, 16)
+    assert "columns not used: note, patient_id; known: split, group" in capsys.readouterr().err
     lines = labels.read_text().replace(",9,", ",benign,").splitlines()
     labels.write_text("\n".join(line.rsplit(",", 3)[0] for line in lines))
     task = load_task("images", images, 16)  # without groups and a split
@@ -123,8 +129,15 @@ def test_a_folder_is_a_class_where_there_is_no_list(images, capsys):
         folder.mkdir(parents=True, exist_ok=True)
         file.rename(folder / file.name)
         (folder / f"._{file.name}").write_bytes(b"of macOS")
+        (folder / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        shutil.copy(folder / file.name, folder / ".ipynb_checkpoints")
+        (folder / "series 2").mkdir(exist_ok=True)  # of the same patient
+        if i % 4 > 1:
+            (folder / file.name).rename(folder / "series 2" / file.name)
+    (images / "notes.txt").touch()
     task = load_task("images", images, 16)
-    assert "a folder is a class: COVID (18), non-COVID (18)" in capsys.readouterr().err
+    warned = "a folder is a class: COVID (18), non-COVID (18); 1 other files"
+    assert warned in capsys.readouterr().err
     assert task.labels.tolist() == [0] * 18 + [1] * 18 and len(set(task.groups)) == 12
     covid = tasks.with_positive(task, "COVID")  # of which AUC and F1 are
     assert covid.classes == ["non-COVID", "COVID"] and (covid.labels == 1 - task.labels).all()
@@ -283,7 +296,7 @@ def array(key, change):
     [
         ("images", "labels.csv", replace("patient 2", ""), "line 6 group ''"),
         ("images", "labels.csv", replace("scans/5", "scans,5"), "line 7 commas quotes"),
-        ("images", "labels.csv", replace("file,label", "image,label"), "line 2 image file label"),
+        ("images", "labels.csv", replace("file,label", "image,label"), "lacks file"),
         ("images", "labels.csv", replace("train,patient 2", "dev,patient 2"), "'dev' train, val"),
         ("images", "labels.csv", replace("scans/5", "scans/4"), "scans/4.png listed 2 times"),
         ("images", "labels.csv", replace("scans/5", "scans/99"), "scans/99.png"),
@@ -292,18 +305,23 @@ def array(key, change):
         ("images", "labels.csv", None, "labels.csv file,label split group folder each class"),
         ("images", "5.png", lambda old: b"DICM" * 99, "5.png no picture"),
         ("head-ct", "labels.csv", replace("5,1\n", "5,2\n"), "class 2 1 images needed"),
-        ("head-ct", "labels.csv", lambda old: b"", "names no image"),
+        ("head-ct", "labels.csv", lambda old: b"", "first line lacks id, hemorrhage"),
         ("head-ct", "labels.csv", lambda old: b"\xff\xfe\x00junk", "labels.csv"),
         ("head-ct", "labels.csv", lambda old: old.replace(b",1\n", b",0\n"), "class 0"),
         ("head-ct", "007.png", lambda old: old[: len(old) // 2], "007.png"),
         ("covid-ct", "valCT_COVID.txt", lambda old: b"val0-p0-1%0.png\n", "class 1 1 in val"),
         ("covid-ct", "testCT_COVID.txt", replace("test0-p0", "train0-p0"), "listed 2 times"),
         ("covid-ct", "testCT_COVID.txt", None, "0 files testCT_COVID.txt"),
-        ("organ", "organ.npz", lambda old: old[:3000] + b"junk" + old[3004:], "organ.npz damaged"),
+        (
+            "organ",
+            "organ.npz",
+            lambda old: old[:3000] + b"junk" + old[3004:],
+            "organ.npz used: CRC",
+        ),
         ("organ", "organ.npz", array("val_labels", lambda a: a + 0.5), "organ.npz val float"),
         ("organ", "organ.npz", array("test_labels", lambda a: a[1:]), "test (6, 28, 28) (5, 1)"),
         ("organ", "organ.npz", array("test_labels", lambda a: 0 * a), "class 1 0 in test"),
-        ("organ", "organ.npz", array("val_labels", lambda a: a.astype(object)), "damaged pickle"),
+        ("organ", "organ.npz", array("val_labels", lambda a: a.astype(object)), "used: pickle"),
         ("organ", "organ.npz", array("val_images", lambda a: a[..., None]), "val (6, 28, 28, 1)"),
     ],
 )
