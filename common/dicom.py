@@ -6,6 +6,7 @@ Knows nothing of volumes, HU images or strategies.
 import hashlib
 import os
 import stat
+from functools import cache
 from math import inf, isfinite
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.pixels import get_decoder, pixel_array
+from pydicom.tag import Tag
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -29,6 +31,8 @@ UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data
 PAINTED = 2**16 - 2000  # padding of -2000 in unsigned words, also without an element that says so
 PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")
 ACQUISITION = ("TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime")
+
+tag_of = cache(Tag)  # looked up once, not for every file
 
 
 class Unusable(ValueError):
@@ -60,7 +64,8 @@ def read_header(path):
     try:
         check_is_file(path)
         dataset = pydicom.dcmread(path, defer_size=LARGE)
-        check_is_slice(dataset)
+        slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
+        check_is_slice(dataset, slope, intercept)
         bits = value_bits(dataset)
         check_has_pixels(dataset, os.path.getsize(path))
         axes, position = geometry(dataset)
@@ -78,8 +83,8 @@ def read_header(path):
             columns=dataset.Columns,
             bits=bits,
             signed=dataset.PixelRepresentation == 1,
-            slope=number(dataset, "RescaleSlope"),
-            intercept=number(dataset, "RescaleIntercept"),
+            slope=slope,
+            intercept=intercept,
             padding=padding_range(dataset),
             plain=plain_pixels(dataset),
         )
@@ -102,7 +107,7 @@ def check_is_file(path):
         raise Unusable("not a regular file: a folder that cannot be opened, a pipe or a device")
 
 
-def check_is_slice(dataset):
+def check_is_slice(dataset, slope, intercept):
     """Raise Unusable unless the DICOM header is that of one grey CT slice, with a way to HU."""
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise Unusable("a DICOMDIR, not an image")
@@ -112,7 +117,6 @@ def check_is_slice(dataset):
     image_type = str(dataset.get("ImageType")).upper()
     frames = dataset.get("NumberOfFrames") or 1
     colour = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")[:16]
-    slope, intercept = number(dataset, "RescaleSlope", 0), number(dataset, "RescaleIntercept")
     sign = dataset.get("PixelRepresentation")
     for refused, why in [
         (modality != "CT", f"Modality is {modality}, not CT"),
@@ -121,7 +125,7 @@ def check_is_slice(dataset):
         (frames != 1, "a multi-frame image, not a slice: split it into single-frame files"),
         (colour != "MONOCHROME2", f"PhotometricInterpretation is {colour}, not MONOCHROME2"),
         (
-            slope <= 0 or intercept is None,
+            slope is None or slope <= 0 or intercept is None,
             "RescaleSlope or RescaleIntercept is missing, or gives no HU",
         ),
         (
@@ -174,14 +178,14 @@ def value_bits(dataset):
 
 def raw(dataset, keywords):
     """The bytes of elements, which pydicom would convert in ten times the time."""
-    items = [dataset.get_item(keyword) for keyword in keywords]
+    items = [dataset.get_item(tag_of(keyword)) for keyword in keywords]
     return tuple((getattr(item, "value", None) or b"").strip(b"\0 ") for item in items)
 
 
 def numbers(dataset, keyword, count):
     """An element as so many finite floats; None where it is missing or holds anything else."""
     try:
-        element = dataset.get_item(keyword)
+        element = dataset.get_item(tag_of(keyword))
         if element.VR in ("DS", "IS") and isinstance(element.value, bytes):  # as in `raw`
             values = [float(text) for text in element.value.strip(b"\0 ").split(b"\\")]
         else:
