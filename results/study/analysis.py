@@ -185,7 +185,12 @@ def hypotheses_table(table, records):
 
 
 def welch(table, difference):
-    """p of a difference of two rows by the variance between the runs of these two alone.
+    """p of a difference of two rows by the variance between the runs of these two alone."""
+    return estimate(by_own_variance(table, difference), difference).p
+
+
+def by_own_variance(table, difference):
+    """The Table for a difference of two rows by the variance between the runs of these two alone.
 
     Without an image part auc.estimate with this variance and freedom is the t test of Welch 1947.
     """
@@ -194,7 +199,7 @@ def welch(table, difference):
     variance = sum(parts) / sum(1 / len(aucs) for aucs in pair)
     squares = sum(part**2 / (len(aucs) - 1) for part, aucs in zip(parts, pair, strict=True))
     between_runs = variance, sum(parts) ** 2 / squares
-    return estimate(table._replace(between_runs=between_runs), difference).p
+    return table._replace(between_runs=between_runs)
 
 
 def label_error(table, difference, records):
@@ -214,7 +219,7 @@ def equivalence(table):
     gained = f"{GAIN} = {cells(table, GAIN)[-1]}"
     if gain.interval[0] <= 0:
         return [f"Equivalence is **not claimed**: pre-training may gain nothing here, {gained}."]
-    claimed = "claimed" if within_margin(table, "Hash-6") else "not claimed"
+    claimed = "claimed" if within_margin(table, HYPOTHESES["H1"], GAIN) else "not claimed"
     tested = INTERVAL.format(*estimate(table, HYPOTHESES["H1"]).interval_90)
     text = (
         f"Equivalence is **{claimed}**: the 90 % interval of Hash-6 - ALL is {tested}; it would "
@@ -227,34 +232,42 @@ def equivalence(table):
     for row in EQUIVALENCE:
         low, high = estimate(table, f"{row} - ALL").interval_90
         share = f"up to {max(-low, high) / gain.value:.0%}"
-        verdict = "yes" if within_margin(table, row) else "no"
+        verdict = "yes" if within_margin(table, f"{row} - ALL", GAIN) else "no"
         lines.append([row, len(table.aucs[row]), INTERVAL.format(low, high), share, verdict])
     return [text, others, markdown(lines)]
 
 
-def within_margin(table, row):
-    """H1's rule for any row: the 90 % interval of row - ALL within a third of (ALL - scratch).
+def within_margin(table, difference, gain):
+    """H1's rule: the 90 % interval of a difference within a third of a gain, such as GAIN.
 
-    As planned, with that third taken as known; and, since ALL is on both sides, with its error: two
-    one-sided t tests at 5 % of row - ALL against plus and minus a third of (ALL - scratch).
+    As planned, with that third taken as known; and, since a row may be on both sides, with its
+    error: two one-sided t tests at 5 % of the difference against plus and minus a third of the
+    gain.
     """
-    third = estimate(table, GAIN).value / 3
-    low, high = estimate(table, f"{row} - ALL").interval_90
-    above = table.estimate({row: 1, "ALL": -2 / 3, "scratch": -1 / 3}).interval_90[0]
-    below = table.estimate({row: 1, "ALL": -4 / 3, "scratch": 1 / 3}).interval_90[1]
-    return -third < low and high < third and above > 0 and below < 0
+    low, high = estimate(table, difference).interval_90
+    third = estimate(table, gain).value / 3
+    ends = []
+    for sign in (1, -1):
+        weights = weights_of(difference)
+        for row, weight in weights_of(gain).items():
+            weights[row] = weights.get(row, 0) + sign * weight / 3
+        ends += table.estimate(weights).interval_90
+    return -third < low and high < third and ends[0] > 0 and ends[3] < 0
 
 
 def rows_table(tables):
     primary = tables[PRIMARY]
     lines = [["row", "slices", "dose", "runs", *tables, "difference to ALL"]]
     for row, planned in RUNS.items():
-        cost = primary.cost(row)
-        costs = [f"{cost['slices']:.0f}", f"{cost['dose']:.2f}"] if cost else ["-"] * 2
-        aucs = [auc_cell(table, row) for table in tables.values()]
         to_all = "-" if row == "ALL" else cells(primary, f"{row} - ALL")[-1]
-        lines.append([row, *costs, f"{planned} of {planned}", *aucs, to_all])
+        lines.append([*row_cells(tables, row, f"{planned} of {planned}"), to_all])
     return markdown(lines)
+
+
+def row_cells(tables, row, runs):
+    cost = tables[PRIMARY].cost(row)
+    costs = [f"{cost['slices']:.0f}", f"{cost['dose']:.2f}"] if cost else ["-"] * 2
+    return [row, *costs, runs, *(auc_cell(table, row) for table in tables.values())]
 
 
 def length_cells(cost, steps):
