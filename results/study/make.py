@@ -1,21 +1,32 @@
-"""Make the runs of plan.md: seed by seed over all rows, so that a study cut short is balanced.
+"""Make the runs of plan.md or of length.md, in an order in which a study cut short still answers.
 
     python results/study/make.py DATA OUT --jobs 2
+    python results/study/make.py DATA OUT --plan length --jobs 8 --seconds 1700
 
 DATA holds ct/, covid-ct/, organ/ and head-ct/ (see the README). OUT/runs.jsonl gets a record of
-each run that is evaluated whole; stopped and started again, it goes on with the others.
+each run that is evaluated whole; stopped and started again, it goes on with the others. Exit
+status: 0, all is made; 3, the time is over: call it again; 1, something failed.
 """
 
+import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
+import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import files
+from common.ct import is_image
+from common.store import read_lines
 from common.tables import made_by, read_results
 
 # {out} is OUT, {seed} that of the run; selections may use Hash-6.csv and ALL's first encoder.
@@ -27,7 +38,7 @@ EMBEDDING = "--strategy embedding --encoder {out}/runs/ALL-seed-0/encoder.pt"
 C8, C32 = "--neighbours 8", "--neighbours 32"
 MASKED = "--mask-negatives 6"  # near-duplicates of a slice's volume
 DOUBLE = "--batch-size 256 --loss-groups 2"
-PLAN = {  # row: flags of reduce.py, flags of pretrain.py, pre-training runs
+PLAN = {  # of plan.md. row: flags of reduce.py, flags of pretrain.py, pre-training runs
     "scratch": ("", "", 12),
     "ALL": (ALL, "", 12),
     "Hash-6": (HASH_6, "", 8),
@@ -67,36 +78,116 @@ NETWORK = "--arch resnet18 --size 64"
 PRETRAIN = f"{NETWORK} --batch-size 128 --optimizer adamw --lr 0.001 --warmup 0.1 --steps 750"
 EVALUATE = f"--protocol linear {NETWORK}"
 
+# Of length.md. LARS has the script's own rate.
+LARS, ADAMW = "--optimizer lars", "--optimizer adamw --lr 0.001"
+RECIPE = f"{NETWORK} --batch-size 128 --warmup 0.1"
+RANDOM_128 = "--strategy random --keep 128 --scope dataset --seed {seed}"
+SELECTED = {"ALL": ALL, "Hash-6": HASH_6, "Random-matched": MATCHED, "Random-128": RANDOM_128}
+LENGTH = {  # row: flags of reduce.py, flags of pretrain.py
+    f"{prefix}{name}-{steps}": (flags, f"{optimizer} --steps {steps}")
+    for prefix, optimizer in {"LARS-": LARS, "": ADAMW}.items()
+    for name, flags in SELECTED.items()
+    for steps in (750, 2250, 5600, 12000, 38400)
+}
+for row in ("ALL-38400", "ALL-5600", "Hash-6-5600"):
+    LENGTH[f"{row}-wd"] = (LENGTH[row][0], f"{LENGTH[row][1]} --weight-decay 0.05")
+for row in ("ALL-2250", "ALL-5600", "ALL-12000", "ALL-38400", "LARS-ALL-38400"):
+    LENGTH[f"{row}-held"] = (LENGTH[row][0], f"{LENGTH[row][1]} --hold-out 0.1")
+LENGTH |= {  # Half-: of a random half of the patients
+    "Check-750": (ALL, f"{ADAMW} --steps 750"),
+    "Half-ALL": (ALL, f"{ADAMW} --epochs 800"),
+    "Half-Hash-6": (HASH_6, f"{ADAMW} --epochs 800"),
+    "Half-ALL-short": (ALL, f"{ADAMW} --steps-of {{out}}/runs/Half-Hash-6-seed-{{seed}}"),
+}
+ORDER = [  # seeds and rows of length.md; within a line seed by seed
+    (range(3), "Check-750"),
+    (range(100, 104), "LARS-ALL-38400"),
+    (range(100, 106), "LARS-ALL-5600 LARS-Hash-6-5600 LARS-Random-matched-5600"),
+    (range(100, 104), "ALL-38400"),
+    (range(100, 106), "ALL-5600 Hash-6-5600 Random-matched-5600"),
+    (range(100, 103), "Random-128-38400 Random-128-5600 LARS-Random-128-5600"),
+    (range(100, 108), "Half-ALL Half-Hash-6"),
+    (range(100, 108), "Half-ALL-short"),
+    (range(100, 103), "LARS-Hash-6-38400 Hash-6-38400"),
+    (range(100, 103), "LARS-ALL-12000 ALL-12000 LARS-ALL-2250 ALL-2250"),
+    (range(106, 108), "LARS-Hash-6-5600 LARS-Random-matched-5600"),
+    (range(106, 108), "Hash-6-5600 Random-matched-5600"),
+    (range(8), "scratch"),
+    (range(100, 103), "LARS-Random-matched-38400 Random-matched-38400 LARS-ALL-750 ALL-750"),
+    (range(100, 103), "ALL-38400-wd ALL-5600-wd Hash-6-5600-wd"),
+    (range(100, 102), "ALL-38400-held ALL-12000-held ALL-5600-held ALL-2250-held"),
+    (range(100, 102), "LARS-ALL-38400-held"),
+    (range(100, 103), "Hash-6-12000 Hash-6-2250 Hash-6-750"),
+    (range(100, 103), "Random-matched-12000 Random-matched-2250 Random-matched-750"),
+    (range(100, 103), "LARS-Hash-6-12000 LARS-Hash-6-2250 LARS-Hash-6-750"),
+    (range(100, 103), "LARS-Random-matched-12000 LARS-Random-matched-2250"),
+    (range(100, 103), "LARS-Random-matched-750 LARS-Random-128-38400"),
+]
+FINETUNE = "--protocol finetune --arch resnet18"  # else the paper's: 224 px
+FINETUNED = ["scratch", "ALL-38400", "ALL-5600", "Hash-6-5600"]  # on covid-ct, at the end
+FINETUNED += [f"LARS-{row}" for row in FINETUNED[1:]]
+
+TIME_IS_OVER = 3  # exit status
+LOGGED = ["step", "loss", "top1", "positive", "held_out_loss", "held_out_positive"]
+LINES = 60  # of a run's log that go into its record, at even ratios
+one_at_a_time = threading.Lock()  # reduce.py works alone in a store
+ends_at = None  # of time.monotonic
+
+
+class TimeIsOver(Exception):
+    """--seconds are over: what runs was killed, and goes on at the next call."""
+
 
 def main():
     parser = files.Flags(description=__doc__)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--jobs", type=files.number(int, least=1), default=1, help="runs at a time")
+    parser.add_argument("--plan", choices=["750", "length"], default="750", help="plan.md (750)")
+    seconds = "after which nothing is begun, and what runs is stopped"
+    parser.add_argument("--seconds", type=files.number(least=0), help=seconds)
     args = parser.parse_args()
+    args.selected = set()  # selections that are made or were found in this call
+    global ends_at
+    ends_at = None if args.seconds is None else time.monotonic() + args.seconds
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.jobs, 1))
-    with files.exclusive(args.out):
-        runs = runs_to_make(args.out)
-        # other selections need these two and the encoder of the first; and the CT may have changed
-        select(args, "ALL", 0)
-        select(args, "Hash-6", 0)
-        if ("ALL", 0) in runs:
-            runs.remove(("ALL", 0))
-            make_run(args, "ALL", 0)
-        needed = {selection_of(args, *run): run for run in runs if run[0] != "scratch"}
-        for run in needed.values():
-            select(args, *run)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            # where one fails, map starts no other
-            list(pool.map(lambda run: make_run(args, *run), runs))
+    try:
+        with files.exclusive(args.out):
+            make_all(args)
+    except TimeIsOver:
+        left = len(runs_to_make(args.out, args.plan))
+        print(f"time is over, {left} runs are left: the same command goes on", flush=True)
+        sys.exit(TIME_IS_OVER)
 
 
-def runs_to_make(out):
-    """[(row, seed)] of the plan, seed by seed, less those of OUT/runs.jsonl."""
+def make_all(args):
+    runs = runs_to_make(args.out, args.plan)
+    # other selections need these two and the encoder of the first; and the CT may have changed
+    select(args, "ALL", 0)
+    select(args, "Hash-6", 0)
+    if ("ALL", 0) in runs:
+        runs.remove(("ALL", 0))
+        make_run(args, "ALL", 0)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # where one fails, map starts no other
+        list(pool.map(lambda run: make_run(args, *run), runs))
+        if args.plan == "length":
+            list(pool.map(lambda row: finetune(args, row), FINETUNED))
+
+
+def planned(plan):
+    """[(row, seed)] in the order in which they are made."""
+    if plan == "length":
+        return [(row, seed) for seeds, rows in ORDER for seed in seeds for row in rows.split()]
+    most = max(number for *_, number in PLAN.values())
+    return [(row, seed) for seed in range(most) for row in PLAN if seed < PLAN[row][2]]
+
+
+def runs_to_make(out, plan="750"):
+    """[(row, seed)] of the plan less those of OUT/runs.jsonl."""
     path = out / "runs.jsonl"
     records = {(made["row"], made["seed"]): made for made in files.read_json(path, lines=True)}
-    most = max(number for *_, number in PLAN.values())
-    runs = [(row, seed) for seed in range(most) for row in PLAN if seed < PLAN[row][2]]
+    runs = planned(plan)
     for row, seed in set(runs) & set(records):
         made = f"{path}: {row} seed {seed}"
         files.refuse_other(made, records[row, seed], settings(row), "give another OUT")
@@ -105,27 +196,63 @@ def runs_to_make(out):
 
 def settings(row):
     """The flags of the three scripts, as text; of a flag that stands twice the last counts."""
-    reduce_flags, pretrain_flags, _ = PLAN[row]
+    reduce_flags, pretrain_flags, *_ = (PLAN | LENGTH)[row]
     return {
         "reduce": f"{REDUCE} {reduce_flags}",
-        "pretrain": f"{PRETRAIN} {pretrain_flags}",
+        "pretrain": f"{PRETRAIN if row in PLAN else RECIPE} {pretrain_flags}",
         "evaluate": f"{EVALUATE}: {', '.join(EVALUATIONS)}",
     }
 
 
 def selection_of(args, row, seed):
     """Its file, named after the first row that has it."""
-    name = next(other for other in PLAN if PLAN[other][0] == PLAN[row][0])
-    if "{seed}" in PLAN[row][0]:
+    rows = PLAN | LENGTH
+    name = next(other for other in rows if rows[other][0] == rows[row][0])
+    if "{seed}" in rows[row][0]:
         name += f"-seed-{seed}"
-    return args.out / "slices" / f"{name}.csv"
+    folder = args.out / "slices"
+    return (folder / f"half-{seed}" if row.startswith("Half-") else folder) / f"{name}.csv"
+
+
+def flags_of(args, row, seed, script):
+    return [word.format(out=args.out, seed=seed) for word in settings(row)[script].split()]
 
 
 def select(args, row, seed):
     selection = selection_of(args, row, seed)
-    flags = [word.format(out=args.out, seed=seed) for word in settings(row)["reduce"].split()]
-    log = args.out / "runs" / f"select-{selection.stem}.txt"
-    call(log, "reduce.py", args.data / "ct", selection.parent, "--name", selection.stem, *flags)
+    with one_at_a_time:
+        if selection in args.selected:
+            return
+        ct = draw_half(args, seed) if row.startswith("Half-") else args.data / "ct"
+        name, flags = selection.stem, flags_of(args, row, seed, "reduce")
+        log = args.out / "runs" / f"select-{name}.txt"
+        call(log, "reduce.py", ct, selection.parent, "--name", name, *flags)
+        args.selected.add(selection)
+
+
+def draw_half(args, seed):
+    """OUT/halves/SEED: links to the slices of a random half of the patients of DATA/ct."""
+    ct, half = args.data / "ct", args.out / "halves" / str(seed)
+    lines = list(read_lines(args.out / "slices" / "slices.csv"))
+    first = {line["volume"]: ct / line["file"] for line in reversed(lines)}
+    patients = {volume: patient_of(path, volume) for volume, path in first.items()}
+    names = sorted(set(patients.values()))
+    drawn = set(np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+    for line in lines:
+        if patients[line["volume"]] in drawn:
+            link = half / line["file"]
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to((ct / line["file"]).resolve())
+    return half
+
+
+def patient_of(path, volume):
+    """PatientID of a DICOM file; of an image, or where there is none, the volume."""
+    if is_image(path.name):
+        return volume
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    return str(header.get("PatientID") or volume)
 
 
 def make_run(args, row, seed):
@@ -134,7 +261,8 @@ def make_run(args, row, seed):
     log = run.with_name(f"{run.name}.txt")  # a name holds dots
     encoder = ["scratch", "--seeds", seed + 1]
     if row != "scratch":
-        flags = ["--seed", seed, *settings(row)["pretrain"].split()]
+        select(args, row, seed)
+        flags = ["--seed", seed, *flags_of(args, row, seed, "pretrain")]
         call(log, "pretrain.py", selection_of(args, row, seed), run, *flags)
         encoder = [run / "encoder.pt"]
     results = args.out / "results.csv"
@@ -152,21 +280,43 @@ def record_of(row, seed, results, run):
     lines = {(line["name"], line["seed"]): line for line in read_results(results)}
     line = lines[row, str(seed)]
     record = {"row": row, "seed": seed, "encoder": line["encoder"]}
+    record["machine"] = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
     record |= {"settings": settings(row), "code": made_by(line)["code"], "log": None}
     if row != "scratch":
-        first, *_, last = files.read_json(run / "log.jsonl", lines=True)
+        first, *lines = files.read_json(run / "log.jsonl", lines=True)
         record["code"] |= first["code"]
         del first["command"]  # full of paths
-        record["log"] = first | {"last": last}
+        some = np.unique(np.geomspace(1, len(lines), LINES).round().astype(int)) - 1
+        course = [{key: lines[i][key] for key in LOGGED if key in lines[i]} for i in some]
+        record["log"] = first | {"last": lines[-1], "course": course}
     return record
+
+
+def finetune(args, row):
+    """Fine-tune all runs of a row on covid-ct, in one call: evaluate.py numbers them."""
+    seeds = [seed for of_row, seed in planned(args.plan) if of_row == row]
+    encoders = [args.out / "runs" / f"{row}-seed-{seed}" / "encoder.pt" for seed in seeds]
+    flags = [*FINETUNE.split(), "--name", row, "--results", args.out / "results.csv"]
+    flags += ["--seeds", len(seeds), "--encoder", *(encoders if row != "scratch" else [row])]
+    log = args.out / "runs" / f"finetune-{row}.txt"
+    call(log, "evaluate.py", "covid-ct", args.data / "covid-ct", *flags)
+    print(f"{row}: fine-tuned", flush=True)
 
 
 def call(log, script, *arguments):
     """Run a script; its output is added to the log. Stop with one line if it fails."""
+    left = None if ends_at is None else ends_at - time.monotonic()
+    if left is not None and left <= 0:
+        raise TimeIsOver
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, files.ROOT / script, *map(str, arguments)]
     with open(log, "a") as file:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=left
+            )
+        except subprocess.TimeoutExpired:  # killed; the scripts go on where they were
+            raise TimeIsOver from None
     if done.returncode:
         files.fail(f"{script} failed: see the end of {log}")
 
