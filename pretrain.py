@@ -33,6 +33,7 @@ from common.store import read_selection
 
 METRICS = ("loss", "top1", "std", "positive")  # of a step; positive: cosine of a slice's two views
 SAVE_EVERY = 60  # seconds between checkpoints: what a killed run loses at most
+LOG_EVERY = 5  # seconds between writings of the log, which is written whole
 LOOK_EVERY = 10  # steps between looks at the loss: a GPU would stand still at every step
 
 
@@ -70,7 +71,7 @@ def train(args, selection, held_out, header, saved, device, rank, world):
 
     where = (device, rank, world)
     coming = batches.stream(selection, args, first, *where)
-    last_save = time.perf_counter()
+    last_save, last_log = time.perf_counter(), -math.inf
     with tqdm(initial=first, total=steps, unit="step", disable=rank > 0) as progress:
         for step in range(first, steps):
             started = time.perf_counter()
@@ -92,8 +93,9 @@ def train(args, selection, held_out, header, saved, device, rank, world):
                 measured = []
                 if held_out:
                     log[-1] |= held_out_metrics(model, held_out, args, precision, *where)
-                if rank == 0:
+                if rank == 0 and (step + 1 == steps or time.perf_counter() - last_log > LOG_EVERY):
                     write_log(args.run, log)
+                    last_log = time.perf_counter()
             if save_now:
                 save_checkpoint(args.run, step + 1, log, measured, model, optimizer)
                 last_save = time.perf_counter()
