@@ -105,10 +105,11 @@ ORDER = [  # seeds and rows of length.md; within a line seed by seed
     (range(100, 106), "LARS-ALL-5600 LARS-Hash-6-5600 LARS-Random-matched-5600"),
     (range(100, 104), "ALL-38400"),
     (range(100, 106), "ALL-5600 Hash-6-5600 Random-matched-5600"),
-    (range(100, 103), "Random-128-38400 Random-128-5600 LARS-Random-128-5600"),
+    (range(100, 103), "Random-128-38400"),
+    (range(100, 106), "Random-128-5600 LARS-Random-128-5600"),
     (range(100, 108), "Half-ALL Half-Hash-6"),
-    (range(100, 108), "Half-ALL-short"),
     (range(100, 103), "LARS-Hash-6-38400 Hash-6-38400"),
+    (range(100, 108), "Half-ALL-short"),  # long after the runs whose steps it takes
     (range(100, 103), "LARS-ALL-12000 ALL-12000 LARS-ALL-2250 ALL-2250"),
     (range(106, 108), "LARS-Hash-6-5600 LARS-Random-matched-5600"),
     (range(106, 108), "Hash-6-5600 Random-matched-5600"),
@@ -117,11 +118,10 @@ ORDER = [  # seeds and rows of length.md; within a line seed by seed
     (range(100, 103), "ALL-38400-wd ALL-5600-wd Hash-6-5600-wd"),
     (range(100, 102), "ALL-38400-held ALL-12000-held ALL-5600-held ALL-2250-held"),
     (range(100, 102), "LARS-ALL-38400-held"),
-    (range(100, 103), "Hash-6-12000 Hash-6-2250 Hash-6-750"),
-    (range(100, 103), "Random-matched-12000 Random-matched-2250 Random-matched-750"),
-    (range(100, 103), "LARS-Hash-6-12000 LARS-Hash-6-2250 LARS-Hash-6-750"),
-    (range(100, 103), "LARS-Random-matched-12000 LARS-Random-matched-2250"),
-    (range(100, 103), "LARS-Random-matched-750 LARS-Random-128-38400"),
+    *((range(100, 103), f"LARS-Hash-6-{steps} Hash-6-{steps}") for steps in (12000, 2250, 750)),
+    (range(100, 103), "LARS-Random-matched-12000 Random-matched-12000 LARS-Random-128-38400"),
+    (range(100, 103), "LARS-Random-matched-2250 Random-matched-2250"),
+    (range(100, 103), "LARS-Random-matched-750 Random-matched-750"),
 ]
 FINETUNE = "--protocol finetune --arch resnet18"  # else the paper's: 224 px
 FINETUNED = ["scratch", "ALL-38400", "ALL-5600", "Hash-6-5600"]  # on covid-ct, at the end
@@ -156,7 +156,7 @@ def main():
             make_all(args)
     except TimeIsOver:
         left = len(runs_to_make(args.out, args.plan))
-        print(f"time is over, {left} runs are left: the same command goes on", flush=True)
+        print(f"time is over, {left} runs left, then fine-tuning: the same command goes on")
         sys.exit(TIME_IS_OVER)
 
 
