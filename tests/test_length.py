@@ -20,7 +20,7 @@ from results.study.analysis import OUTCOMES, PRIMARY
 from results.study.figure import draw_lengths
 
 PLANNED = make.planned("length")
-OVER = {"ALL-38400": 0.89, "Hash-6-38400": 0.9, "Half-ALL": 0.89, "scratch": 0.86}  # else 0.92
+OVER = {"ALL-38400": 0.89, "Hash-6-38400": 0.89, "Half-ALL": 0.89, "scratch": 0.86}  # else 0.92
 
 
 def made_up(means=None, runs=PLANNED, rng=0, spread=0.004):
@@ -121,6 +121,9 @@ def test_six_tests_under_the_null_and_holm_keep_their_levels():
     "means, conclusion",
     [
         ({}, "less is more at 800 epochs each, and the gain is length"),
+        # harm by similar slices that only long training shows
+        ({"Hash-6-38400": 0.92}, "less is more at 800 epochs each, by ALL's length; that Hash-6"),
+        ({"Hash-6-38400": 0.91}, "less is more at 800 epochs each, by ALL's length; that Hash-6"),
         ({"Hash-6-5600": 0.94}, "less is more at 800 epochs each, in part by length"),
         ({"ALL-5600": 0.89}, "less is more at 800 epochs each, that it is length is not borne out"),
         ({"ALL-5600": 0.87}, "less is more at 800 epochs each, that it is length is not borne out"),
@@ -131,7 +134,7 @@ def test_six_tests_under_the_null_and_holm_keep_their_levels():
 def test_what_is_concluded_of_l1_and_l2(means, conclusion):
     """Of AdamW; LARS has the same means and other runs."""
     text = printed(means)
-    assert f"AdamW: **{conclusion}**" in text and f"LARS: **{conclusion}**" in text
+    assert f"AdamW: **{conclusion}" in text and f"LARS: **{conclusion}" in text
     choice = "counts" if "Hash-6-5600" in means else "does not count"
     assert f"L3 {choice}." in text
 
@@ -190,8 +193,8 @@ def test_held_out_volumes_tell_when_to_stop_or_not():
             f"| {best} | 100 | {means[best]:.3f}"[:-1] in lines
             and "| 0.6000 | 100 | 100 |" in lines
         )
-        verdict = "tells" if tells else "does not tell"
-        assert f"held-out loss is lowest in {best}" in text and f"it {verdict} when to stop" in text
+        verdict = "AUC -0.0000: it tells" if tells else "AUC -0.0350: it does not tell"
+        assert f"held-out loss is lowest after {best.split('-')[1]}, {verdict}" in text
 
 
 def test_the_figure_rings_800_epochs(tmp_path):
