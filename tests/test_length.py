@@ -167,6 +167,8 @@ def test_the_figure_rings_800_epochs(tmp_path):
     text = (tmp_path / "length.svg").read_text()
     assert text.count('r="8"') == 6 and text.count("scratch (untrained") == 2
     assert text.count('r="4"') == 2 * (3 * 5 + 2 + 4)  # lengths, and the legend
+    draw_lengths(made_up({}, FIRST[:4]), "AUC", tmp_path / "early.svg")  # one row, one panel
+    assert (tmp_path / "early.svg").read_text().count('r="4"') == 2
 
 
 def test_halves_are_of_patients(tmp_path, write_dicom):

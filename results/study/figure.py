@@ -92,7 +92,9 @@ def doses_of(table, ending):
 def draw_curves(shapes, left, label, curves, estimates, y_of):
     """The curves of a panel, {name: [(x, row), ...]}, their axis and their legend."""
     values = sorted({x for curve in curves.values() for x, _ in curve})
-    ends = np.log(values[:: len(values) - 1])
+    if not values:
+        return
+    ends = np.log([values[0], values[-1]])
     x_of = {x: np.interp(np.log(x), ends, [left + 30, left + WIDTH - 30]) for x in values}
     for x, place in x_of.items():
         number = f"{x:.0f}" if x >= 100 else f"{x:.1f}"
