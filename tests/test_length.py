@@ -217,10 +217,10 @@ def test_stopped_by_its_time_the_study_goes_on(tmp_path, monkeypatch, capsys):
     command = ["make.py", str(data), str(out), "--plan", "length", "--jobs", "2"]
     call = make.call
 
-    def call_and_stop(log, script, *arguments):
+    def call_and_stop(args, log, script, *arguments):
         if script == "pretrain.py":
-            make.ends_at = time.monotonic() + 2  # before all of its steps
-        call(log, script, *arguments)
+            args.ends_at = time.monotonic() + 2  # before all of its steps
+        call(args, log, script, *arguments)
 
     monkeypatch.setattr(make, "call", call_and_stop)
     monkeypatch.setattr(sys, "argv", command)

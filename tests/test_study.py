@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,9 +285,9 @@ def test_the_runs_are_made_by_the_scripts_once(tmp_path, here, monkeypatch, caps
     toy.write_tasks(tasks, size=32)
     toy.write_cohort(tmp_path / "my data" / "ct", patients=2, slices=12)
     with pytest.raises(SystemExit, match="reduce.py failed: see the end of .*log.txt"):
-        make.call(log, "reduce.py", tmp_path / "nothing", out)
+        make.call(SimpleNamespace(ends_at=None), log, "reduce.py", tmp_path / "nothing", out)
     assert "error: " in log.read_text()
-    monkeypatch.setattr(make, "call", lambda log, *command: here(*command))
+    monkeypatch.setattr(make, "call", lambda args, log, *command: here(*command))
     tiny = "--size 32 --batch-size 8 --steps 2"
     make_runs(monkeypatch, tmp_path, {"ALL": (make.ALL, tiny, 1)})
     assert capsys.readouterr().out == "ALL seed 0: done\n"

@@ -131,7 +131,6 @@ TIME_IS_OVER = 3  # exit status
 LOGGED = ["step", "loss", "top1", "positive", "held_out_loss", "held_out_positive"]
 LINES = 60  # of a run's log that go into its record, at even ratios
 one_at_a_time = threading.Lock()  # reduce.py works alone in a store
-ends_at = None  # of time.monotonic
 
 
 class TimeIsOver(Exception):
@@ -148,8 +147,7 @@ def main():
     parser.add_argument("--seconds", type=files.number(least=0), help=seconds)
     args = parser.parse_args()
     args.selected = set()  # selections that are made or were found in this call
-    global ends_at
-    ends_at = None if args.seconds is None else time.monotonic() + args.seconds
+    args.ends_at = None if args.seconds is None else time.monotonic() + args.seconds
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.jobs, 1))
     try:
         with files.exclusive(args.out):
@@ -226,7 +224,7 @@ def select(args, row, seed):
         ct = draw_half(args, seed) if row.startswith("Half-") else args.data / "ct"
         name, flags = selection.stem, flags_of(args, row, seed, "reduce")
         log = args.out / "runs" / f"select-{name}.txt"
-        call(log, "reduce.py", ct, selection.parent, "--name", name, *flags)
+        call(args, log, "reduce.py", ct, selection.parent, "--name", name, *flags)
         args.selected.add(selection)
 
 
@@ -263,13 +261,13 @@ def make_run(args, row, seed):
     if row != "scratch":
         select(args, row, seed)
         flags = ["--seed", seed, *flags_of(args, row, seed, "pretrain")]
-        call(log, "pretrain.py", selection_of(args, row, seed), run, *flags)
+        call(args, log, "pretrain.py", selection_of(args, row, seed), run, *flags)
         encoder = [run / "encoder.pt"]
     results = args.out / "results.csv"
     for evaluation in EVALUATIONS:
         task, *flags = evaluation.split()
         flags += [*EVALUATE.split(), "--name", row, "--results", results, "--encoder", *encoder]
-        call(log, "evaluate.py", task, args.data / task, *flags)
+        call(args, log, "evaluate.py", task, args.data / task, *flags)
     record = json.dumps(record_of(row, seed, results, run))
     files.append_lines(args.out / "runs.jsonl", record + "\n")
     print(f"{row} seed {seed}: done", flush=True)
@@ -299,13 +297,13 @@ def finetune(args, row):
     flags = [*FINETUNE.split(), "--name", row, "--results", args.out / "results.csv"]
     flags += ["--seeds", len(seeds), "--encoder", *(encoders if row != "scratch" else [row])]
     log = args.out / "runs" / f"finetune-{row}.txt"
-    call(log, "evaluate.py", "covid-ct", args.data / "covid-ct", *flags)
+    call(args, log, "evaluate.py", "covid-ct", args.data / "covid-ct", *flags)
     print(f"{row}: fine-tuned", flush=True)
 
 
-def call(log, script, *arguments):
+def call(args, log, script, *arguments):
     """Run a script; its output is added to the log. Stop with one line if it fails."""
-    left = None if ends_at is None else ends_at - time.monotonic()
+    left = None if args.ends_at is None else args.ends_at - time.monotonic()
     if left is not None and left <= 0:
         raise TimeIsOver
     log.parent.mkdir(exist_ok=True)
