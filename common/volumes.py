@@ -4,8 +4,7 @@ import os
 import re
 from collections import Counter
 from decimal import Decimal
-from itertools import zip_longest
-from pathlib import Path
+from itertools import chain, count, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +22,8 @@ ODD = (
     (lambda header: header.axes, SAME_AXES, "orientation"),
     (lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"),
 )
-# in a name: 7, 2.5, but not 1.2.840, and -10, but not PAT-10
-NUMBER = re.compile(r"((?<![^\W_])-)?((?<!\d\.)\d+\.\d+(?![.\d])|\d+)")
+# in a name: 7, 2.5, but not 1.2.840, and z_-10, but neither PAT-10 nor "slice -10"
+NUMBER = re.compile(r"((?<![^\W_]|\s)-)?((?<!\d\.)\d+\.\d+(?![.\d])|\d+)")
 
 
 class Volume(NamedTuple):
@@ -80,11 +79,11 @@ def find_volumes(data, files, map=map):
             text = f"{len(study)} series of one slice: perhaps one scan, but each is a volume"
             warnings.append(in_folder(study, text))
     volumes.sort(key=lambda volume: volume.name)
-    times = Counter()
+    taken = set()
     for i, volume in enumerate(volumes):
-        times[volume.name] += 1
-        if times[volume.name] > 1:
-            volumes[i] = volume._replace(name=f"{volume.name} {times[volume.name]}")
+        names = chain([volume.name], (f"{volume.name} {n}" for n in count(2)))
+        volumes[i] = volume._replace(name=next(name for name in names if name not in taken))
+        taken.add(volumes[i].name)
     return volumes, skipped, sorted(warnings)
 
 
@@ -94,6 +93,10 @@ def grouped(members, key):
     for member in members:
         groups.setdefault(key(member[1]), []).append(member)
     return [*groups.values()]
+
+
+def parent(file, _=None):
+    return os.path.dirname(file) or "."
 
 
 def in_folder(members, text):
@@ -217,27 +220,26 @@ def gaps(positions):
 def image_volumes(files):
     """(Volumes, warnings) of PNG and JPEG files.
 
-    A folder is a volume; where names tell several apart, the name less its last number is one, as
-    in the official code's flat layout, `<volume>_<number>`.
+    A folder is a volume; where most of its names, less their last number, are those of several
+    files, each is one, as in the official code's flat layout, `<volume>_<number>`.
     """
     folders, volumes, ordered, warnings = {}, {}, [], []
     for file in files:
-        folders.setdefault(Path(file).parent.as_posix(), []).append(file)
+        folders.setdefault(parent(file), []).append(file)
     for folder, members in folders.items():
-        names, numbers = zip(*map(name_and_numbers, members), strict=True)
+        names = [os.path.normpath(f"{folder}/{name_and_numbers(file)[0]}") for file in members]
         sizes = Counter(names)
-        shared = sum(size for size in sizes.values() if size > 1)
-        lasts = [found[-1] for found in numbers if found]
-        official = all(re.fullmatch(r".+_\d+", Path(file).stem) for file in members)
-        guessed = not official and len({*lasts}) < len(lasts) and shared > len(members) / 2
-        flat = len(sizes) > 1 and (official or guessed) or official and folder == "."
-        if flat and guessed:
-            text = f"names tell {len(sizes)} volumes apart ({', '.join([*sizes][:3])} ...)"
-            warnings.append((folder, f"{text}, {[*sizes.values()].count(1)} of a single file"))
+        single = [*sizes.values()].count(1)
+        official = all(re.fullmatch(r".+_\d+\.\w+", os.path.basename(file)) for file in members)
+        by_name = single < len(members) / 2 if len(sizes) > 1 else official and folder == "."
+        doubtful = by_name != official or (not by_name and len(sizes) - single > 1)
+        if doubtful and len(sizes) > 1:
+            what = f"{len(sizes)} volumes" if by_name else f"1 volume, not {len(sizes)}"
+            text = f"{what} by file name ({', '.join([*sizes][:3])} ...), {single} of one file"
+            warnings.append((folder, f"in {folder_of(members)}: {text}: right?"))
         for file, name in zip(members, names, strict=True):
-            name = (Path(folder) / name).as_posix() if flat else folder
-            volumes.setdefault(name, []).append(file)
-    for name, members in volumes.items():
+            volumes.setdefault((folder, name if by_name else folder), []).append(file)
+    for (_, name), members in volumes.items():
         in_order, numbers, text = in_number_order(members)
         ordered.append(Volume(name, in_order, numbers, [None] * len(members)))
         warnings += [(name, text)] if text else []
@@ -246,26 +248,22 @@ def image_volumes(files):
 
 def name_and_numbers(file):
     """pat1_slice007.png -> (pat1_slice, [1, 7]), PAT_120_85_CT.png -> (PAT_120_CT, [120, 85])."""
-    stem = Path(file).stem
+    stem = re.sub(r"\.[A-Za-z]\w*$", "", os.path.basename(file))
     found = [*NUMBER.finditer(stem)]
     start, end = found[-1].span() if found else (len(stem), len(stem))
     return stem[:start].rstrip("-_ .") + stem[end:], [Decimal(match.group()) for match in found]
 
 
 def in_number_order(files):
-    """(files in order, the number of each as text, a warning or "") of a volume's images.
-
-    The order is that of the last numbers in the names, or of all where those do not differ.
-    """
+    """(files by last number, or by all where not all differ; the last ones as text; a warning)."""
     found = {file: name_and_numbers(file)[1] for file in files}
-    natural = sorted(files, key=lambda file: (not found[file], found[file], file))
-    lasts = {file: found[file][-1:] for file in natural}
-    different = {last for [last] in filter(None, lasts.values())}
-    in_order, text = sorted(natural, key=lasts.get), ""
-    if len(different) < len(files) > 1:
-        in_order = natural
-        text = f"{len(files)} names end in {len(different)} different numbers"
-        text += ": ordered by all their numbers, then by name"
-    elif in_order != natural:
+    by_all = sorted(files, key=lambda file: (not found[file], found[file], file))
+    lasts = {file: found[file][-1:] for file in by_all}
+    different = len({last for [last] in filter(None, lasts.values())})
+    in_order, text = sorted(by_all, key=lasts.get), ""
+    if different < len(files) > 1:
+        in_order = by_all
+        text = f"{different} last number(s) in {len(files)} names: ordered by all, then by name"
+    elif in_order != by_all:
         text = "of several numbers in the names, the last one orders them"
     return in_order, ["".join(map(str, lasts[file])) for file in in_order], text

@@ -221,26 +221,38 @@ def test_a_volume_is_one_acquisition_of_one_patient(
         ("one/p_1 one/p_2", {"one": "1 2"}, None),
         ("p1_10 p1_2 p1_0 p_2_1", {"p1": "0 2 10", "p_2": "1"}, None),
         ("scan/slice10 scan/slice9", {"scan": "9 10"}, None),
-        ("two/a_1 two/b_1", {"two/a": "1", "two/b": "1"}, None),
+        ("two/a_1 two/b_1", {"two": "1 1"}, "1 last number(s) in 2 names: ordered by all"),
+        ("w/01_0 w/02_1 w/03_0", {"w": "0 1 0"}, "2 last number(s) in 3 names"),
+        ("a_1 b_2", {".": "1 2"}, "in DATA: 1 volume, not 2 by file name (a, b ...), 2 of one"),
+        ("a1 a2 b1 b2 c1 d1", {"a": "1 2", "b": "1 2", "c": "1", "d": "1"}, "4 volumes by file"),
+        ("a-1 a-2 b-3 b-4 c-5 d-6 e-7 f-8", {".": "1 2 3 4 5 6 7 8"}, "1 volume, not 6"),
+        ("p-0 p-1 q-2 q-3", {"p": "0 1", "q": "2 3"}, "2 volumes by file name (p, q ...), 0"),
+        ("1.2.0.1 1.2.1.2 1.2.0.3 1.2.1.4", {"1.2.0": "1 3", "1.2.1": "2 4"}, "2 volumes"),
+        (
+            "p/7 p_1 p_2 q_1 q_2 p~2/8",
+            {"p": "7", "p 2": "1 2", "p 2 2": "8", "q": "1 2"},
+            None,
+        ),
+        ("v/s~-1 v/s~-2", {"v": "1 2"}, None),
         ("v/z_2.5mm v/z_10.0mm v/z_5.0mm", {"v": "2.5 5.0 10.0"}, None),
-        ("v/s10_w400 v/s7_w400", {"v": "400 400"}, "2 names end in 1 different numbers"),
+        ("v/s10_w400 v/s7_w400", {"v": "400 400"}, "1 last number(s) in 2 names"),
         ("v/z_-10 v/z_-5 v/z_0", {"v": "-10 -5 0"}, None),
         ("v/1.2.840.10 v/1.2.840.9", {"v": "9 10"}, None),
         (
-            "a_1 a_2 b_1 b_2 view",
-            {"a": "1 2", "b": "1 2", "view": ""},
-            "3 volumes apart (a, b, view",
+            "a_1 a_2 b_3 b_4 view",
+            {"a": "1 2", "b": "3 4", "view": ""},
+            "3 volumes by file name (a, b, view ...), 1 of one file: right?",
         ),
         ("c/P-001 c/P-002 c/Q-001 c/Q-002", {"c/P": "1 2", "c/Q": "1 2"}, "2 volumes"),
         ("P_3_85_CT P_3_9_CT P_12_85_CT P_12_9_CT", {"P_12_CT": "9 85", "P_3_CT": "9 85"}, "2 vol"),
-        ("t/1-1 t/2-1 t/2-1x", {"t": "1 1 1"}, "3 names end in 1 different numbers"),
-        ("t/b t/a", {"t": " "}, "2 names end in 0 different numbers: ordered by all"),
+        ("t/1-1 t/2-1 t/2-1x", {"t": "1 1 1"}, "1 last number(s) in 3 names"),
+        ("t/b t/a", {"t": " "}, "0 last number(s) in 2 names"),
         ("t/1-2 t/2-1", {"t": "1 2"}, "of several numbers in the names, the last"),
     ],
 )
 def test_names_of_pictures_tell_volumes_and_their_order(names, expected, warning):
     """A folder is a volume, or the authors' flat layout; positions are the numbers, in order."""
-    grouped, _, warnings = load(".", [f"{name}.png" for name in names.split()])
+    grouped, _, warnings = load(".", [f"{name}.png".replace("~", " ") for name in names.split()])
     if "w400" in names:
         assert grouped[0].files == ["v/s7_w400.png", "v/s10_w400.png"]
     assert {volume.name: " ".join(volume.positions) for volume in grouped} == expected
