@@ -30,7 +30,13 @@ LARGE = 2**16  # bytes: larger elements, such as the pixels, are no part of a he
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixel data
 PAINTED = 2**16 - 2000  # padding of -2000 in unsigned words, also without an element that says so
 PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")
-ACQUISITION = ("TemporalPositionIdentifier", "AcquisitionNumber", "AcquisitionTime")
+ACQUISITION = (
+    "TemporalPositionIdentifier",
+    "AcquisitionNumber",
+    "AcquisitionTime",
+    "SeriesNumber",
+    "ConvolutionKernel",
+)
 
 tag_of = cache(Tag)  # looked up once, not for every file
 

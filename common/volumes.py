@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from decimal import Decimal
 from itertools import chain, count, zip_longest
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,10 @@ from common.ct import is_image
 from common.dicom import ACQUISITION, read_header
 
 SAME_AXES = 0.05  # difference of direction cosines
-DIGITS = 3  # of a position in mm, in which two slices must differ
+DIGITS = 2  # of a position in mm, in which two slices must differ
 GAP = 1.5  # times the usual distance of two slices
-OVERLAP = 1.2  # times the whole stretch of z are acquisitions of one place together
-LONE = 3  # series of one slice in a study: no chance
+OVERLAP = 1.2  # times the whole stretch of z is less than acquisitions of one place add up to
+LONE = 3  # series of one slice, of one patient or in one folder, are hardly one scan each
 # what most slices of a series have in common: key(Header), tolerance, and what it is
 ODD = (
     (lambda header: header.axes, SAME_AXES, "orientation"),
@@ -61,37 +62,41 @@ def find_volumes(data, files, map=map):
     data: folder. files: paths relative to it. map: perhaps a parallel one. Returns (volumes
     sorted by name, skipped as a list of (file, reason), warnings as a list of (volume, text)).
     """
-    notes = [file for file in files if os.path.basename(file).startswith("._")]
+    notes = {file for file in files if os.path.basename(file).startswith("._")}
     images = [file for file in files if is_image(file) and file not in notes]
     others = [file for file in files if not is_image(file) and file not in notes]
     headers = map(read_header, [os.path.join(data, file) for file in others])
     read = [*zip(others, headers, strict=True)]
     skipped = [(file, reason) for file, reason in read if isinstance(reason, str)]
-    skipped += [(file, "what macOS notes on another file") for file in notes]
+    skipped += [(file, "a macOS side file, no picture") for file in notes]
     volumes, warnings = image_volumes(images)
     slices = [member for member in read if not isinstance(member[1], str)]
-    series = grouped(slices, lambda header: header.series)
+    series = grouped(slices, lambda _, header: header.series)
     for members in series:
         volumes += series_volumes(members, skipped, warnings)
-    lone = sum((members for members in series if len(members) == 1), [])
-    for study in grouped(lone, lambda header: header.patient):
-        if len(study) >= LONE:
-            text = f"{len(study)} series of one slice: perhaps one scan, but each is a volume"
-            warnings.append(in_folder(study, text))
+    lone = [members[0] for members in series if len(members) == 1]
+    for alike in grouped(lone, lambda _, header: header.patient) + grouped(lone, parent):
+        if len(alike) >= LONE:
+            text = f"{len(alike)} series of one slice: perhaps one scan, but each is a volume"
+            warnings.append(in_folder(alike, f"{text}: give them one SeriesInstanceUID"))
+    with_pictures = set(map(parent, images))
+    for beside in grouped(slices, parent):
+        if parent(*beside[0]) in with_pictures:
+            warnings.append(in_folder(beside, "pictures beside DICOM: volumes of their own"))
     volumes.sort(key=lambda volume: volume.name)
     taken = set()
     for i, volume in enumerate(volumes):
         names = chain([volume.name], (f"{volume.name} {n}" for n in count(2)))
         volumes[i] = volume._replace(name=next(name for name in names if name not in taken))
         taken.add(volumes[i].name)
-    return volumes, skipped, sorted(warnings)
+    return volumes, skipped, sorted(set(warnings))
 
 
 def grouped(members, key):
-    """Lists of the (file, Header)s of equal key(Header), in the order of their first ones."""
+    """Lists of the (file, Header)s of equal key(file, Header), in the order of their first ones."""
     groups = {}
     for member in members:
-        groups.setdefault(key(member[1]), []).append(member)
+        groups.setdefault(key(*member), []).append(member)
     return [*groups.values()]
 
 
@@ -111,28 +116,30 @@ def folder_of(files):
 def series_volumes(members, skipped, warnings):
     """The Volumes of a series' (file, Header)s; adds to skipped and to warnings."""
     volumes, texts = [], []
-    copies = grouped(
-        members, lambda h: (h.instance, h.patient, h.position, h.number, h.acquisition)
-    )
-    for (original, _), *others in copies:
-        skipped += [(file, f"same SOPInstanceUID as another: {original}") for file, _ in others]
-    members = [first for first, *_ in copies]
-    instances = len({header.instance for _, header in members})
-    if instances < len(members):
-        text = f"{len(members)} slices have {instances} different SOPInstanceUIDs"
-        texts.append(f"{text}: all are kept, since their places differ")
-    patients = grouped(members, lambda header: header.patient)
+    named = grouped(members, lambda _, header: header.instance)
+    for copies in named:
+        if len({(h.patient, h.position, h.number, h.acquisition) for _, h in copies}) == 1:
+            reason = f"same SOPInstanceUID and place as another: {copies[0][0]}"
+            skipped += [(file, reason) for file, _ in copies[1:]]
+            del copies[1:]  # but a UID of several places proves no copy
+    members = [member for copies in named for member in copies]
+    if len(named) < len(members):
+        text = f"{len(members)} slices have {len(named)} different SOPInstanceUIDs"
+        texts.append(f"{text}, some in several places: these prove no copies, all are kept")
+    patients = grouped(members, lambda _, header: header.patient)
     if len(patients) > 1:
-        texts.append(f"{len(patients)} patients or studies have one series UID: each is a volume")
+        texts.append(
+            f"PatientID, name, birth date or study differ: {len(patients)} or more volumes"
+        )
     for of_patient in patients:
         for key, tolerance, what in ODD:
             unlike = odd(of_patient, key, tolerance, what)
             skipped += unlike.items()
             of_patient = [member for member in of_patient if member[0] not in unlike]
-        of_patient.sort(key=lambda member: (member[1].number, member[0]))
+        of_patient.sort(key=lambda m: (m[1].number, name_and_numbers(m[0])[1], m[0]))
         parts, told_by = acquisitions(of_patient)
         if len(parts) > 1:
-            texts.append(f"several scans of one place: {len(parts)} volumes, by {told_by}")
+            texts.append(f"{len(parts)} scans of one place, told apart by {told_by}")
         volumes += [in_z_order(part, texts) for part in parts]
     warnings += [in_folder(members, text) for text in texts]
     return volumes
@@ -149,8 +156,8 @@ def odd(members, key, tolerance, what):
         if vector is not None:
             alike = (first for first in groups if np.ptp([first, vector], 0).max() <= tolerance)
             groups.setdefault(next(alike, tuple(vector)), []).append((file, vector))
-    small = sorted(groups.values(), key=len, reverse=True)[1:]
-    reason = f"{what} unlike most of its series"
+    most, *small = sorted(groups.values(), key=len, reverse=True) or [()]
+    reason = f"{what} unlike {len(most)} slices of its series"
     return {file: reason.format(*vector) for group in small for file, vector in group}
 
 
@@ -158,16 +165,25 @@ def acquisitions(members):
     """([(file, Header)s of an acquisition], what tells them apart) of one patient's series.
 
     Acquisitions of one place, such as time points, are told apart by the first element of
-    ACQUISITION that does so, or the second slice at each position makes a second volume ...
+    ACQUISITION that all have and that does so, else by folder, else as `by_turns` does.
     """
     if not positions_known(members):
         return [members], ""
+    members = sorted(members, key=lambda member: (member[1].number, member[1].acquisition))
     for i, keyword in enumerate(ACQUISITION):
-        parts = grouped(members, lambda header, i=i: header.acquisition[i])
-        overlap = sum(map(extent, parts)) > OVERLAP * extent(members)
-        if overlap and all(len(part) > 1 == len(by_turns(part)) for part in parts):
+        parts = grouped(members, lambda _, header, i=i: header.acquisition[i])
+        if all(header.acquisition[i] for _, header in members) and are_scans(parts, members):
             return parts, keyword
-    return by_turns(members), "InstanceNumber, then by name"
+    turns, folders = by_turns(members), grouped(members, parent)
+    if len(turns) == len(folders) and are_scans(folders, members):
+        return folders, "folder"
+    return turns, "the order of InstanceNumber, acquisition and name alone: a guess, look"
+
+
+def are_scans(parts, members):
+    """Whether parts of these (file, Header)s overlap along z, each with one slice at a position."""
+    overlap = sum(map(extent, parts)) > OVERLAP * extent(members)
+    return overlap and all(len(part) > 1 and len(by_turns(part)) == 1 for part in parts)
 
 
 def extent(members):
@@ -182,26 +198,28 @@ def positions_known(members):
 
 def by_turns(members):
     """Lists of the first (file, Header) at each position, of the second ones ..."""
-    places = grouped(members, lambda header: round(header.position, DIGITS))
-    turns = zip_longest(*places)
-    return [[member for member in turn if member is not None] for turn in turns]
+    places = grouped(members, lambda _, header: round(header.position, DIGITS))
+    return [[member for member in turn if member] for turn in zip_longest(*places)]
 
 
 def in_z_order(members, texts):
     """The Volume of an acquisition's (file, Header)s, sorted by number and name; adds to texts."""
-    numbers = len({header.number for _, header in members})
-    if 1 < numbers < len(members):
-        text = f"{len(members)} slices have {numbers} different InstanceNumbers"
-        texts.append(f"{text}: perhaps they are several scans")
+    size = len(members)
     if positions_known(members):
         members = sorted(members, key=lambda member: member[1].position)
         texts += gaps([header.position for _, header in members])
         positions = [f"{header.position:.4f}" for _, header in members]
     else:
         missing = sum(header.position is None for _, header in members)
-        text = f"positions are missing ({missing} of {len(members)}) or all the same"
+        text = f"{missing} of {size} positions missing" if missing else "all positions are the same"
         texts.append(f"{text}: ordered by InstanceNumber, then by name")
-        positions = [""] * len(members)
+        positions = [""] * size
+    different = len({header.number for _, header in members})
+    steps = np.diff([header.number for _, header in members if header.number < inf])
+    repeats = 1 < different < size
+    if repeats or steps.min(initial=0) < 0 < steps.max(initial=0):
+        text = f"repeats, {different} on {size} slices" if repeats else "rises and falls along z"
+        texts.append(f"InstanceNumber {text}: perhaps they are several scans")
     files, headers = zip(*members, strict=True)
     return Volume(headers[0].series, list(files), positions, list(headers))
 
@@ -210,11 +228,9 @@ def gaps(positions):
     """A warning, in a list, if some of the sorted positions, in mm, lie much wider than most."""
     distances = np.diff(positions)
     usual = np.median(distances) if len(distances) else 0
-    wide = (distances > GAP * usual).sum()
-    text = (
-        f"gaps along z: {wide}, the widest {distances.max(initial=0):.1f} mm where {usual:.1f} mm"
-    )
-    return [f"{text} is usual: slices may be missing"] if wide and len(distances) > 1 else []
+    wide, widest = (distances > GAP * usual).sum(), distances.max(initial=0)
+    text = f"gaps along z: {wide}, the widest {widest:.1f} mm where {usual:.1f} mm is usual"
+    return [f"{text}: slices may be missing"] if wide and len(distances) > 1 else []
 
 
 def image_volumes(files):

@@ -1,7 +1,6 @@
 """From files to volumes in z order, stored values, HU and 8-bit slices."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -34,8 +33,9 @@ def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_
         corner = np.round(distance * np.cross(*axes) + (-1) ** i * 100 * axes[1], 6)
         place = {"ImagePositionPatient": [*corner], "ImageOrientationPatient": [*axes.ravel()]}
         write_dicom(tmp_path / f"{i}.dcm", FLAT, InstanceNumber=i, **place)
-    [volume], skipped, [(uid, warning)] = load(tmp_path)
+    [volume], skipped, [(_, order), (uid, warning)] = load(tmp_path)
     assert volume.files == ["1.dcm", "2.dcm", "0.dcm", "3.dcm"] and not skipped
+    assert "InstanceNumber rises and falls along z" in order
     assert uid == volume.name and "gaps along z: 1, the widest 27.5 mm" in warning
     assert [*map(float, volume.positions)] == pytest.approx([-3.0, 4.0, 12.5, 40.0], abs=1e-3)
 
@@ -43,12 +43,12 @@ def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_
 def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     """Without positions the InstanceNumber orders, then the name."""
     places = {f"x/{i}": ("1.2", i, [0, 0, -i]) for i in range(3)} | {"y/4": ("1.2", 0, [0, 0, 9])}
-    places |= {"x/a": ("1.3", 10, None), "y/b": ("1.3", 9, None), "x/c": ("1.3", 9, None)}
+    places |= {"x/a": ("1.3", 10, None), "y/9": ("1.3", 9, None), "x/10": ("1.3", 9, None)}
     for name, (uid, number, position) in places.items():
         tags = {"SeriesInstanceUID": uid, "ImagePositionPatient": position}
         write_dicom(tmp_path / name, FLAT, InstanceNumber=number, **tags)
     grouped, _, _ = load(tmp_path)
-    expected = [("1.2", ["x/2", "x/1", "x/0", "y/4"]), ("1.3", ["x/c", "y/b", "x/a"])]
+    expected = [("1.2", ["x/2", "x/1", "x/0", "y/4"]), ("1.3", ["y/9", "x/10", "x/a"])]
     assert [(volume.name, volume.files) for volume in grouped] == expected
     assert grouped[1].positions == ["", "", ""]
 
@@ -175,37 +175,52 @@ def test_scaling_is_min_max_rounded_or_a_window():
 
 
 SAME, APART, BETWEEN = (0, 5), (4, 1), (1, 3)  # mm from scan to scan, and from slice to slice
+NEAR, SHIFTED, RESTARTS = (0.0006, 5), (5, 5), {"InstanceNumber": "{i}", "path": "{mixed}"}
+BY, DIFFER = "3 scans of one place, told apart by ", "study differ: 3 or more volumes"
+BY_ORDER = f"{BY}the order of InstanceNumber, acquisition and name alone: a guess, look"
+RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{i}"}
 
 
 @pytest.mark.parametrize(
     "z, tags, number, warning",
     [
         (SAME, {"SOPInstanceUID": "1.9"}, 3, "12 slices have 1 different SOPInstanceUIDs"),
-        (SAME, {"TemporalPositionIdentifier": "{scan}"}, 3, "3 volumes, by TemporalPosition"),
-        (SAME, {"AcquisitionNumber": "{scan}"}, 3, "3 volumes, by AcquisitionNumber"),
-        (SAME, {"AcquisitionTime": "10150{scan}.5"}, 3, "3 volumes, by AcquisitionTime"),
-        (SAME, {"AcquisitionTime": "10150{i}.{scan}"}, 3, "3 volumes, by InstanceNumber"),
-        (SAME, {"InstanceNumber": "1"}, 3, "3 volumes, by InstanceNumber, then by name"),
-        (SAME, {"PatientID": "Geheim {scan}"}, 3, "3 patients or studies have one series UID"),
-        (BETWEEN, {"PatientName": "Geheim^{scan}"}, 3, "3 patients or studies"),
-        (BETWEEN, {"StudyInstanceUID": "1.{scan}", "InstanceNumber": "1"}, 3, "3 patients"),
-        (BETWEEN, {"AcquisitionNumber": "{scan}"}, 3, "3 volumes, by AcquisitionNumber"),
-        (BETWEEN, {"InstanceNumber": "{i}"}, 1, "12 slices have 4 different InstanceNumbers"),
+        (SAME, RESTARTS | {"SOPInstanceUID": "1.9", "path": "{scan}/"}, 3, f"{BY}folder"),
+        (SAME, {"TemporalPositionIdentifier": "{scan}"}, 3, f"{BY}TemporalPositionIdentifier"),
+        (SAME, {"AcquisitionNumber": "{scan}"}, 3, f"{BY}AcquisitionNumber"),
+        (SAME, {"AcquisitionTime": "10150{scan}.5"}, 3, f"{BY}AcquisitionTime"),
+        (SAME, RESTARTS | {"SeriesNumber": "{scan}"}, 3, f"{BY}SeriesNumber"),
+        (SAME, {"ConvolutionKernel": "B{scan}0"}, 3, f"{BY}ConvolutionKernel"),
+        (SAME, {"AcquisitionTime": "10150{i}.{scan}"}, 3, BY_ORDER),
+        (SAME, RESTARTS | {"AcquisitionTime": "1{scan}50{i}"}, 3, BY_ORDER),
+        (SHIFTED, RESTARTS | {"path": "{scan}/"}, 3, f"{BY}folder"),
+        (SAME, {"InstanceNumber": "1"}, 3, BY_ORDER),
+        (NEAR, {}, 3, BY_ORDER),
+        (SAME, {"PatientID": "Geheim {scan}"}, 3, DIFFER),
+        (BETWEEN, {"PatientName": "Geheim^{scan}"}, 3, DIFFER),
+        (BETWEEN, {"StudyInstanceUID": "1.{scan}", "InstanceNumber": "1"}, 3, DIFFER),
+        (BETWEEN, {"AcquisitionNumber": "{scan}"}, 3, f"{BY}AcquisitionNumber"),
+        (BETWEEN, {"InstanceNumber": "{i}"}, 1, "InstanceNumber repeats, 4 on 12 slices"),
+        (BETWEEN, {}, 1, "InstanceNumber rises and falls along z: perhaps they are several scans"),
         (APART, {"AcquisitionNumber": "{scan}"}, 1, None),
+        (APART, {"AcquisitionNumber": "{odd}"}, 1, None),
+        (APART, RANDOM, 12, "12 series of one slice"),
         (APART, {"SeriesInstanceUID": "1.2.{scan}{i}"}, 12, "12 series of one slice"),
     ],
 )
 def test_a_volume_is_one_acquisition_of_one_patient(
     tmp_path, write_dicom, z, tags, number, warning
 ):
+    """Each file's name ends in the scan, of three, and the place within it, of four."""
     names = [f"{scan}{i}" for scan in range(3) for i in range(4)]
     for n, name in enumerate(names):
         scan, i = map(int, name)
         place = {"ImagePositionPatient": [0, 0, z[0] * scan + z[1] * i], "InstanceNumber": n}
-        told = {tag: text.format(scan=scan, i=i) for tag, text in tags.items()}
-        write_dicom(tmp_path / "some" / name, FLAT, **place | told)
+        words = {"scan": scan, "i": i, "mixed": (scan + i) % 3, "odd": i % 2 or ""}
+        told = {tag: text.format(**words) for tag, text in tags.items()}
+        write_dicom(tmp_path / "some" / (told.pop("path", "") + name), FLAT, **place | told)
     grouped, skipped, warnings = load(tmp_path)
-    files = [[Path(file).name for file in volume.files] for volume in grouped]
+    files = [[file[-2:] for file in volume.files] for volume in grouped]
     assert not skipped and len(grouped) == number and sorted(sum(files, [])) == names
     if number == 3:
         assert files == [names[:4], names[4:8], names[8:]]
