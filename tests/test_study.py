@@ -300,7 +300,7 @@ def test_the_runs_are_made_by_the_scripts_once(tmp_path, here, monkeypatch, caps
     assert {"evaluate.py", "pretrain.py"} <= set(record["code"])
 
     calls = []
-    monkeypatch.setattr(make, "call", lambda log, script, *_: calls.append(script))
+    monkeypatch.setattr(make, "call", lambda args, log, script, *_: calls.append(script))
     make_runs(monkeypatch, tmp_path, {"ALL": (make.ALL, tiny, 1)})
     assert calls == ["reduce.py"] * 2  # which notices when the CT has changed
     with pytest.raises(SystemExit, match="ALL seed 0: was made otherwise .pretrain .*another OUT"):
@@ -310,7 +310,7 @@ def test_the_runs_are_made_by_the_scripts_once(tmp_path, here, monkeypatch, caps
 def test_the_runs_go_seed_by_seed_and_stop_at_the_first_that_fails(tmp_path, monkeypatch):
     commands = {}  # by their log, in order
 
-    def call(log, *command):
+    def call(args, log, *command):
         words = " ".join(map(str, command)).replace(str(tmp_path), "IN")
         commands.setdefault(log.name.removesuffix(".txt"), []).append(words)
         time.sleep(0.02)
