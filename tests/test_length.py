@@ -209,10 +209,10 @@ def test_stopped_by_its_time_the_study_goes_on(tmp_path, monkeypatch, capsys):
         "Half-Hash-6": (make.HASH_6, f"{tiny} --epochs 2"),
     }
     monkeypatch.setattr(make, "LENGTH", make.LENGTH | rows)
-    monkeypatch.setattr(make, "ORDER", [([100], "ALL-750 Half-Hash-6"), ([0], "scratch")])
+    monkeypatch.setattr(make, "ORDER", [([100], "ALL-750 Half-Hash-6")])
     monkeypatch.setattr(make, "EVALUATIONS", ["toy-lesion"])
     monkeypatch.setattr(make, "EVALUATE", "--protocol linear --arch resnet18 --size 32")
-    monkeypatch.setattr(make, "FINETUNED", ["scratch", "ALL-750"])
+    monkeypatch.setattr(make, "FINETUNED", ["ALL-750"])
     monkeypatch.setattr(make, "FINETUNE", f"{make.FINETUNE} --size 32 --epochs 1")
     command = ["make.py", str(data), str(out), "--plan", "length", "--jobs", "2"]
     call = make.call
@@ -226,7 +226,7 @@ def test_stopped_by_its_time_the_study_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
         make.main()
-    assert stopped.value.code == 3 and "time is over, 3 runs left" in capsys.readouterr().out
+    assert stopped.value.code == 3 and "time is over, 2 runs left" in capsys.readouterr().out
     assert not (out / "runs" / "ALL-750-seed-100" / "encoder.pt").exists()
     monkeypatch.setattr(make, "call", call)
     monkeypatch.setattr(sys, "argv", [*command, "--seconds", "250"])
@@ -237,5 +237,5 @@ def test_stopped_by_its_time_the_study_goes_on(tmp_path, monkeypatch, capsys):
     assert records["Half-Hash-6"]["log"]["settings"]["seed"] == 100
     assert len(read_store(out / "slices" / "half-100").names) == 2
     lines = [(line["task"], line["name"]) for line in read_results(out / "results.csv")]
-    expected = [("toy-lesion", row) for row in [*rows, "scratch"]]
+    expected = [("toy-lesion", row) for row in rows]
     assert sorted(lines) == sorted(expected + [("covid-ct", row) for row in make.FINETUNED])
