@@ -72,8 +72,9 @@ This file is what `python results/study/analysis.py results/study/results.csv` p
 `tables.md` what `evaluate.py tables results/study/results.csv` does; runs shared a GPU, 16 at a
 time, so their seconds say nothing. `results.csv`, `results-draws.jsonl` (the bootstrap of each
 line) and `runs.jsonl` (settings and log of each run) are the runs of plan.md; `pilot`, `cpu`, `c1`
-(without draws) and `finetune` are told of there. The draws were converted once, after the study: a
-record named its line by a digest, and now does by key, encoder and AUC; no number was changed."""
+(without draws) and `finetune` (by commit 1aba59e, whose fine-tuning stayed at 1e-4 and flipped top
+to bottom) are told of there. The draws were converted once, after the study: a record named its
+line by a digest, and now does by key, encoder and AUC; no number was changed."""
 
 
 def main():
