@@ -122,6 +122,12 @@ def test_read_selection(cohort, here, tmp_path):
     here("reduce.py", cohort / "ct", tmp_path, "--strategy", "hash", "--size", 16)
     _, same_kept, _, other_digest = store.read_selection(tmp_path / "hash-6.csv")
     assert same_kept.tolist() == kept.tolist() and other_digest != digest
+    other = tmp_path / "other"
+    shutil.copytree(path.parent, other)  # of the same size, but with another slice
+    text = (other / "slices.csv").read_text()
+    (other / "slices.csv").write_text(text.replace(slices[0]["dhash"], "0" * 16, 1))
+    with pytest.raises(SystemExit, match="hash-6.csv: was made otherwise .store "):
+        store.read_selection(other / "hash-6.csv")
 
 
 def test_hashes_are_of_the_full_resolution_and_pixels_are_means(cohort):
