@@ -219,6 +219,9 @@ def test_every_selection_says_its_dose(store, selected):
 
 
 def test_wrong_flags_of_reduce_get_one_line(store, stopped):
+    shutil.copy(store / "hash-6.json", store / "empty.json")
+    lines = ["row,kept,representative,similarity", *(f"{i},{int(i == 0)},0,0" for i in range(59))]
+    (store / "empty.csv").write_text("\n".join(lines))  # only slice 0 stays
     command = ["reduce.py", store.parent / "ct", store, "--size", 32, "--strategy"]
     for flags, line in (
         ("ssim --scope dataset", "ssim compares slices within a volume"),
@@ -226,6 +229,15 @@ def test_wrong_flags_of_reduce_get_one_line(store, stopped):
         ("random --threshold 3", "random takes no --threshold"),
         ("mi --threshold 5", "a similarity is between -1 and 1"),
         ("embedding", "needs --encoder"),
+        ("embedding --encoder nowhere.pt", "no such file"),
+        ("hash --encoder imagenet", "hash takes no --encoder"),
+        ("all --keep 0.5", "all takes no --keep"),
+        ("hash --keep 0", "is not a share"),
+        ("hash --keep 9999", "(all slices)"),
+        ("random --like {store}/none.csv", "no such selection"),
+        ("random --like {store}/empty.csv", "keeps no slice of 2 volumes"),
+        ("hash --window 40 0", "above 0 HU"),
+        ("hash --name a/b", "a/b is no name"),
         ("hash --threshold 2.5", "whole number, 0 to 64"),
         ("random --like {store}/hash-6.csv --scope dataset", "does not go with --scope dataset"),
         ("hash --keep 1.5", "is not a share"),

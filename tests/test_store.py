@@ -130,6 +130,19 @@ def test_read_selection(cohort, here, tmp_path):
         store.read_selection(other / "hash-6.csv")
 
 
+def test_ten_warnings_are_shown_and_all_are_kept(write_dicom, tmp_path, here, capsys):
+    for i in range(12):
+        for z in (0, 1, 2, 5):
+            tags = {"SeriesInstanceUID": f"1.2.{i}", "ImagePositionPatient": [0, 0, z]}
+            write_dicom(tmp_path / "ct" / f"{i} {z}", np.arange(256).reshape(16, 16), **tags)
+    here("reduce.py", tmp_path / "ct", tmp_path / "out", *HASH)
+    store.report(store.read_store(tmp_path / "out"))
+    shown = capsys.readouterr().err
+    assert shown.count(": gaps along z: 1, the widest 3.0 mm where 1.0 mm is usual") == 10
+    assert "warning: 12 such: see " in shown
+    assert len(json.loads((tmp_path / "out" / "store.json").read_text())["warnings"]) == 12
+
+
 def test_hashes_are_of_the_full_resolution_and_pixels_are_means(cohort):
     """The contract: dhash equals str(imagehash.dhash(...)) of the full-resolution 8-bit slice."""
     pixels = np.load(cohort / "store" / "slices.npy")
