@@ -18,7 +18,9 @@ def scores(n, classes, seed, ties):
 @pytest.mark.parametrize("classes", [2, 3, 11])
 def test_auc_is_that_of_scikit_learn(classes, ties):
     labels, p = scores(300, classes, classes, ties)
-    expected = roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr")
+    expected = roc_auc_score(
+        labels, p[:, 1] if classes == 2 else p, multi_class="ovr", average="macro"
+    )
     assert auc.metrics(labels, p)["auc"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -29,6 +31,15 @@ def test_f1_and_accuracy_by_hand():
     assert found == {"f1": 0.5, "accuracy": 0.6, "auc": 5 / 6}
     found = auc.metrics(np.array([0, 1, 2]), np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]]))
     assert found["f1"] == pytest.approx((0 + 2 / 3 + 1) / 3) and found["accuracy"] == 2 / 3
+
+
+def test_weighted_auc_is_that_of_the_resampled_images():
+    labels, p = scores(60, 2, 0, True)
+    rng = np.random.default_rng(1)
+    samples = [np.r_[0, 1, rng.integers(0, 60, 58)] for _ in range(20)]
+    weights = np.array([np.bincount(sample, minlength=60) for sample in samples]).T
+    expected = [roc_auc_score(labels[sample], p[sample, 1]) for sample in samples]
+    assert np.allclose(auc.weighted_auc(labels, p, weights), expected)
 
 
 def test_a_class_that_a_sample_misses_is_left_out():
@@ -42,9 +53,9 @@ def test_bootstrap_is_stratified_paired_and_centred():
     labels, p = scores(200, 2, 2, False)
     weights = auc.sample_weights(labels, np.arange(200))
     assert np.array_equal(weights, auc.sample_weights(labels, np.arange(200)))
-    for one_class in (labels == 0, labels == 1):  # each keeps its number
-        assert (weights[one_class].sum(0) == one_class.sum()).all()
-    assert weights.max() > 3
+    positives = labels == 1
+    assert (weights[positives].sum(0) == positives.sum()).all()  # each class keeps its number
+    assert (weights.sum(0) == 200).all() and weights.max() > 3
     assert weights.var() == pytest.approx(1, abs=0.05)  # as with replacement: Poisson, about
     draws = auc.bootstrap(labels, p, weights)
     assert draws.shape == (500,) and draws.std() > 0.02
@@ -64,6 +75,15 @@ def test_bootstrap_draws_whole_groups():
     # a group is of its larger class (6: of class 1), or else of the first (5: of class 0)
     assert (times[7] + times[3] + times[5] == 3).all()
     assert (times[9] + times[1] + times[6] == 3).all()
+    # images that say the same are one: their AUC varies more than that of as many free images
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 5)
+    labels = np.repeat(np.arange(40) % 2, 5)
+    score = np.repeat(rng.normal(size=40), 5) + labels
+    p = np.stack([-score, score], 1)
+    of_groups = auc.bootstrap(labels, p, auc.sample_weights(labels, groups)).std()
+    of_images = auc.bootstrap(labels, p, auc.sample_weights(labels, np.arange(200))).std()
+    assert of_groups / of_images == pytest.approx(5**0.5, rel=0.15)
 
 
 def test_bootstrap_over_parts_is_that_of_a_plain_loop():
@@ -80,6 +100,17 @@ def test_bootstrap_over_parts_is_that_of_a_plain_loop():
             images = np.repeat(np.flatnonzero(fold == part), times[fold == part])
             aucs += [roc_auc_score(labels[images] == c, p[images, c]) for c in range(3)]
         assert found[draw] == pytest.approx(np.mean(aucs))
+
+
+def test_parts_that_miss_a_class_do_not_count():
+    """A fold without a positive has no AUC; the mean is that of the other folds."""
+    labels = np.array([0, 0, 0, 1, 0, 1])
+    p = np.random.default_rng(0).random((6, 2))
+    parts = np.full((2, 6, 2), np.nan)
+    parts[0, :2], parts[1, 2:] = p[:2], p[2:]
+    [found] = auc.bootstrap(labels, parts, np.ones((6, 1)))
+    assert found == roc_auc_score(labels[2:], p[2:, 1])
+    assert np.isnan(auc.bootstrap(labels, parts[:1], np.ones((6, 1)))).all()
 
 
 def test_the_covariance_is_that_between_rows_less_the_runs_own_part():
@@ -118,6 +149,12 @@ def test_estimate_is_that_of_the_textbook():
     thirds = auc.estimate([a, b], [1 / 3, -2], images, spread, 100)
     image_part = 5e-4 / 9 - 2 * 2 / 3 * 3e-4 + 4 * 2e-4
     assert thirds.error**2 == pytest.approx(spread[0] * (1 / 9 / 5 + 4 / 8) + image_part)
+    # (a - b) - (c - d), of 5, 8, 5 and 8 runs
+    four = auc.estimate([a, b, b, a], [1, -1, -1, 1], np.zeros((4, 4)), spread, 100)
+    assert four.value == pytest.approx(2 * (a.mean() - b.mean()))
+    assert four.error**2 == pytest.approx(spread[0] * (2 / 5 + 2 / 8))
+    with pytest.raises(ValueError):
+        auc.estimate([a, b], [1], np.zeros((1, 1)), spread, 100)
 
 
 def test_an_interval_ends_where_auc_does():
@@ -141,22 +178,20 @@ def test_one_run_has_no_p_and_no_difference_at_all_has_p_1():
     assert found.p == 1 and found.interval == (0, 0)
 
 
-def made_rows(rng, labels, runs, spread, effect):
+def made_rows(rng, labels, runs, effect, run_sd, row_sd, noise_sd):
     """Scores of the runs of two rows, [runs, images]: shared part, row's part, signal and noise.
 
-    spread: SD between runs, of the row's part and of the noise. effect: by how much the second row
-    separates the classes better.
+    effect: by how much the second row separates the classes better.
     """
-    n, (run_sd, row_sd, noise_sd) = len(labels), spread
-    shared = rng.normal(size=n)
+    shared = rng.normal(size=len(labels))
     for row, k in enumerate(runs):
-        row_part = row_sd * rng.normal(size=n)
+        row_part = row_sd * rng.normal(size=len(labels))
         signal = 1.2 + effect * row + run_sd * rng.normal(size=(k, 1))
-        noise = noise_sd * rng.normal(size=(k, n))
+        noise = noise_sd * rng.normal(size=(k, len(labels)))
         yield shared + row_part + signal * labels + noise
 
 
-def comparisons(runs, nulls, spread, effect=0.0):
+def comparisons(runs, nulls, effect=0.0, **spread):
     """auc.estimate of the difference of two made-up rows, many times; the second has the effect."""
     labels = np.repeat([0, 1], 25)
     weights = auc.sample_weights(labels, np.arange(50), 100)
@@ -164,33 +199,41 @@ def comparisons(runs, nulls, spread, effect=0.0):
     rng = np.random.default_rng(0)
     found = []
     for _ in range(nulls):
-        rows = made_rows(rng, labels, runs, spread, effect)
-        draws = [np.array([auc.binary_auc(labels == 1, p, weights) for p in row]) for row in rows]
+        rows = made_rows(rng, labels, runs, effect, **spread)
+        draws = [
+            np.array([auc.binary_auc(labels == 1, run, weights) for run in row]) for row in rows
+        ]
         aucs = [row[:, 0] for row in draws]
         covariance = auc.image_covariance([row[:, 1:] for row in draws])
         found.append(auc.estimate(aucs, [1, -1], covariance, auc.variance_between_runs(aucs), 50))
     return found
 
 
-@pytest.mark.parametrize("spread", [(0.4, 0.2, 0.2), (0.05, 0.8, 0.3), (0.0, 0.0, 0.8)])
+RUNS_DOMINATE = {"run_sd": 0.4, "row_sd": 0.2, "noise_sd": 0.2}
+IMAGES_DOMINATE = {"run_sd": 0.05, "row_sd": 0.8, "noise_sd": 0.3}
+NOISE_DOMINATES = {"run_sd": 0.0, "row_sd": 0.0, "noise_sd": 0.8}
+
+
+@pytest.mark.parametrize("spread", [RUNS_DOMINATE, IMAGES_DOMINATE, NOISE_DOMINATES])
 @pytest.mark.parametrize("runs", [(3, 3), (3, 8)])
 def test_true_nulls_are_called_different_in_3_to_7_percent(runs, spread):
-    """Where runs dominate, images of a row, and noise of each run on each image.
+    """Runs that differ, rows whose images differ, and noise of each run on each image.
 
     The last is part of both spreads: counted twice, 1 % of the nulls would be called different.
     """
-    found = comparisons(runs, 2000, spread)
+    found = comparisons(runs, 2000, **spread)
     assert 0.03 <= np.mean([one.p < 0.05 for one in found]) <= 0.07
     covered = [one.interval_90[0] <= 0 <= one.interval_90[1] for one in found]
     assert 0.87 <= np.mean(covered) <= 0.93
 
 
 def test_the_detectable_difference_is_found_with_80_percent_power():
-    found = comparisons((5, 5), 300, (0.2, 0.3, 0.2), effect=0.7)
+    spread = {"run_sd": 0.2, "row_sd": 0.3, "noise_sd": 0.2}
+    found = comparisons((5, 5), 300, effect=0.7, **spread)
     difference = -np.mean([one.value for one in found])
     assert difference == pytest.approx(np.median([one.detectable for one in found]), rel=0.05)
     assert 0.73 <= np.mean([one.p < 0.05 for one in found]) <= 0.87
-    large = comparisons((3, 3), 50, (0.2, 0.3, 0.2), effect=2.0)
+    large = comparisons((3, 3), 50, effect=2.0, **spread)
     assert np.mean([one.p < 0.05 for one in large]) > 0.95
 
 
@@ -198,7 +241,8 @@ def test_holm_is_that_of_a_plain_loop():
     p = np.random.default_rng(0).random(20) ** 4
     p[3] = p[5]
     largest, expected = 0.0, {}
-    for rank, i in enumerate(np.argsort(p)):
-        largest = expected[i] = max(largest, min(1, p[i] * (20 - rank)))
+    for rank, i in enumerate(sorted(range(20), key=lambda i: p[i])):
+        largest = max(largest, min(1, p[i] * (20 - rank)))
+        expected[i] = largest
     assert np.allclose(auc.holm(p), [expected[i] for i in range(20)]) and auc.holm([]).size == 0
     assert np.allclose(auc.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
