@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import batches, files, simclr
-from common.batches import batches_per_epoch, epoch_batches, slices_per_epoch
+from common.batches import epoch_batches, epoch_size
 from common.encoder import ARCHS, SMALLEST, choose_device, choose_precision, to_input
 from common.files import fail, number
 from common.store import read_selection
@@ -55,7 +55,7 @@ def train(args, selection, held_out, header, saved, device, rank, world):
     model, optimizer = build(args, device)
     precision = getattr(torch, header["settings"]["precision"])
     steps = header["settings"]["steps"]
-    per_epoch = batches_per_epoch(selection, args)
+    _, per_epoch = epoch_size(selection, args)
     first, log, measured = 0, [header], []  # measured: of each step since the log's last line
     if saved:
         first, log, measured = saved["step"], saved["log"], saved["measured"]
@@ -66,11 +66,11 @@ def train(args, selection, held_out, header, saved, device, rank, world):
     take_step = partial(train_step, trained, optimizer, args=args, precision=precision)
     if header["step"] == "graph":
         sizes = {len(indices): (0, indices) for indices in epoch_batches(selection, args, 0)}
-        examples = list(batches.read_ahead(selection, args, sizes.values(), device))
+        examples = list(batches.stream(selection, args, sizes.values(), device))
         take_step = graphed(take_step, model, optimizer, examples)
 
     where = (device, rank, world)
-    coming = batches.stream(selection, args, first, *where)
+    coming = batches.stream(selection, args, batches.steps(selection, args, first), *where)
     last_save, last_log = time.perf_counter(), -math.inf
     with tqdm(initial=first, total=steps, unit="step", disable=rank > 0) as progress:
         for step in range(first, steps):
@@ -181,7 +181,7 @@ def held_out_metrics(model, held_out, args, precision, *where):
     """
     model.eval()
     epoch = enumerate(epoch_batches(held_out, args, 0))
-    coming = batches.read_ahead(held_out, args, epoch, *where)
+    coming = batches.stream(held_out, args, epoch, *where)
     measured = [loss_of(model, batch, args, precision)[1] for batch in coming]
     model.train()
     loss, _, _, positive = torch.stack(measured).mean(0).tolist()
@@ -252,7 +252,7 @@ def describe(args, selection, device, world, held_out=None):
     precision = choose_precision(args.precision, device)
     needs = f"2 for each of {args.loss_groups} --loss-groups, 1 for each of {world} processes"
     for part in (held_out or selection, selection):
-        slices, per_epoch = slices_per_epoch(part, args.sample), batches_per_epoch(part, args)
+        slices, per_epoch = epoch_size(part, args)
         smallest = slices // max(per_epoch, 1)
         if smallest < max(2 * args.loss_groups, world):
             found = f"{slices} slices {'held out' if part is held_out else 'to train on'}"

@@ -8,7 +8,6 @@ memory map: the order is the same for every set, however large.
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -34,20 +33,12 @@ class Batch(NamedTuple):
     dose: float  # near-duplicate negatives that a slice of the batch meets on average
 
 
-def stream(selection, args, start, device, rank=0, world=1):
-    """Yield the Batch of every step from `start` on, without end, on the device.
+def stream(selection, args, batches, device, rank=0, world=1):
+    """Yield, on the device, the Batch of each (step, indices of its slices), such as of `steps`.
 
-    selection: store.Selection. args: pretrain.py's, of which sample, neighbours, batch_size,
-    mask_negatives, mask_random, loss_groups and seed are used. All processes get equally many
-    slices, for which up to world - 1 slices of a batch sit out.
-    """
-    return read_ahead(selection, args, steps(selection, args, start), device, rank, world)
-
-
-def read_ahead(selection, args, batches, device, rank=0, world=1):
-    """Yield the Batch of each (step, indices of its slices), on the device; else as stream.
-
-    For a GPU readers pin it, so that nobody waits for its copy; until then PyTorch keeps it.
+    selection: store.Selection. args: pretrain.py's, of which mask_negatives, mask_random,
+    loss_groups and seed are used. All processes get equally many slices, for which up to world - 1
+    slices of a batch sit out. For a GPU readers pin a Batch, so that nobody waits for its copy.
     """
     volume_index = selection.store.volume_index
 
@@ -63,28 +54,27 @@ def read_ahead(selection, args, batches, device, rank=0, world=1):
         rng = np.random.default_rng([args.seed, step, AUGMENT, rank])
         augmentation = draw_augmentation(2 * len(share), rng)
         slices = torch.from_numpy(selection.store.slices[share])
-        batch = Batch(slices, augmentation, excluded, float(met.sum() / len(indices)))
-        return each_tensor(batch, torch.Tensor.pin_memory) if device.type == "cuda" else batch
+        tensors = slices, augmentation, excluded
+        if device.type == "cuda":
+            tensors = [t if t is None else t.pin_memory() for t in tensors]
+        return *tensors, float(met.sum() / len(indices))
 
-    move = partial(torch.Tensor.to, device=device, non_blocking=True)
+    def on_device(loaded):
+        *tensors, dose = loaded.result()
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors), dose)
+
     with ThreadPoolExecutor(READERS) as pool:
         coming = deque()
         for step, indices in batches:
             coming.append(pool.submit(load, step, indices))
             if len(coming) == AHEAD:
-                yield each_tensor(coming.popleft().result(), move)
-        for batch in coming:
-            yield each_tensor(batch.result(), move)
-
-
-def each_tensor(batch, change):
-    """The Batch with `change` of each of its tensors."""
-    return Batch(*(change(field) if torch.is_tensor(field) else field for field in batch))
+                yield on_device(coming.popleft())
+        yield from map(on_device, coming)
 
 
 def steps(selection, args, start):
     """Yield (step, indices of the slices in its batch) from step `start` on, without end."""
-    per_epoch = batches_per_epoch(selection, args)
+    _, per_epoch = epoch_size(selection, args)
     for epoch in count(start // per_epoch):
         for i, indices in enumerate(epoch_batches(selection, args, epoch)):
             step = epoch * per_epoch + i
@@ -112,12 +102,10 @@ def hold_out(selection, share, seed):
     )
 
 
-def slices_per_epoch(selection, sample):
-    return len(epoch_slices(selection, sample, seed=0, epoch=0))
-
-
-def batches_per_epoch(selection, args):
-    return math.ceil(slices_per_epoch(selection, args.sample) / args.batch_size)
+def epoch_size(selection, args):
+    """(slices, batches) of an epoch."""
+    slices = len(epoch_slices(selection, args.sample, seed=0, epoch=0))
+    return slices, math.ceil(slices / args.batch_size)
 
 
 def epoch_batches(selection, args, epoch):
@@ -126,7 +114,7 @@ def epoch_batches(selection, args, epoch):
     rng = np.random.default_rng([args.seed, epoch, ORDER])
     runs = cut_into_runs(slices, selection.store.volume_index[slices], args.neighbours, rng)
     order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
-    return np.array_split(order, batches_per_epoch(selection, args))
+    return np.array_split(order, epoch_size(selection, args)[1])
 
 
 def epoch_slices(selection, sample, seed, epoch):

@@ -18,8 +18,6 @@ UNFINISHED = ".unfinished"  # ends the names of files that are being written
 SHOW = ("common/tables.py", "common/figure.py", "common/pictures.py", "common/toy.py")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "imagehash", "scikit-learn", "pydicom")
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
-BYTES = {"mode": "wb"}
-TEXT = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 # --- Scripts: flags and errors.
@@ -103,9 +101,10 @@ def atomic_write(path, text=False):
     """Open a temporary file beside path; rename it to path at the end, remove it on an error."""
     path = Path(path)
     temporary = path.with_name(path.name + UNFINISHED)
+    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"} if text else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, **(TEXT if text else BYTES)) as file:
+        with open(temporary, "w" if text else "wb", **form) as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
@@ -159,10 +158,9 @@ def code(*but):
     """
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     files = [Path(file).resolve() for file in files if "site-packages" not in file]
-    ours = [file for file in files if file.is_relative_to(ROOT) and file.suffix == ".py"]
-    ours = [file for file in ours if not file.is_relative_to(sys.base_prefix)]  # Python in ROOT
-    names = {file.relative_to(ROOT).as_posix() for file in ours} - {*SHOW, *but}
-    return {name: digest(name) for name in sorted(names) if digest(name)}
+    ours = {file.relative_to(ROOT).as_posix() for file in files if file.is_relative_to(ROOT)}
+    names = [name for name in ours if name.endswith(".py") and "lib/python3." not in name]
+    return {name: digest(name) for name in sorted({*names} - {*SHOW, *but})}
 
 
 @cache
@@ -181,8 +179,7 @@ def digest(name):
 def refuse_other(product, made, settings, remedy):
     """Stop with one line, which names what differs, if a product was made otherwise.
 
-    made: what it recorded, {"settings": {name: value}, "code": code()}; those files are compared
-    with what they hold now. settings: today's.
+    made: what it recorded, {"settings": {name: value}, "code": code()}. settings: today's.
     """
     try:
         before = made["settings"] | made["code"]

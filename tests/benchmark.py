@@ -31,7 +31,7 @@ import gpu_table  # noqa: E402
 
 import pretrain  # noqa: E402
 from common import encoder  # noqa: E402
-from common.batches import stream  # noqa: E402
+from common.batches import steps, stream  # noqa: E402
 from common.store import read_lines, read_selection  # noqa: E402
 
 PLAIN = "the plain way in 1 process"
@@ -109,7 +109,7 @@ def pretrain_part(args, folder):
     precision = encoder.choose_precision("auto", device)
     model, optimizer = pretrain.build(settings, device)
     model.train()
-    batches = stream(selection, settings, 0, device)
+    batches = stream(selection, settings, steps(selection, settings, 0), device)
 
     def ours():
         for _ in range(args.steps):

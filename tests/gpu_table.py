@@ -55,7 +55,7 @@ def gpu_row(folder, arch, size):
     selection = read_selection(args.selection)
     model, optimizer = pretrain.build(args, device)
     sizes = {len(i): (0, i) for i in batches.epoch_batches(selection, args, 0)}
-    examples = list(batches.read_ahead(selection, args, sizes.values(), device))
+    examples = list(batches.stream(selection, args, sizes.values(), device))
     take_step = partial(pretrain.train_step, model, optimizer, args=args, precision=torch.bfloat16)
     for batch in 3 * examples:
         take_step(1e-3, batch)

@@ -33,15 +33,19 @@ def selection(n, kept=None, volumes=4):
     return Selection(store, kept, kept[nearest], "digest")
 
 
+def stream(chosen, args, start=0, **processes):
+    return batches.stream(chosen, args, batches.steps(chosen, args, start), CPU, **processes)
+
+
 def taken(chosen, args, start, steps, **processes):
     """The slices of some steps, as lists of their indices."""
-    stream = batches.stream(chosen, args, start, CPU, **processes)
-    return [next(stream).slices.flatten().tolist() for _ in range(steps)]
+    coming = stream(chosen, args, start, **processes)
+    return [next(coming).slices.flatten().tolist() for _ in range(steps)]
 
 
 def first_batch(chosen, args):
     """(first batch, indices of its slices)."""
-    return next(batches.stream(chosen, args, 0, CPU)), next(batches.steps(chosen, args, 0))[1]
+    return next(stream(chosen, args)), next(batches.steps(chosen, args, 0))[1]
 
 
 @pytest.mark.parametrize("neighbours", [1, 5])
@@ -102,7 +106,7 @@ def test_augmentation_depends_on_seed_step_and_rank_and_differs_between_views():
     chosen = selection(64)
 
     def drawn(seed, step, rank):
-        batch = next(batches.stream(chosen, flags(seed=seed), step, CPU, rank=rank, world=2))
+        batch = next(stream(chosen, flags(seed=seed), step, rank=rank, world=2))
         assert batch.augmentation.shape[1] == 2 * len(batch.slices) == 16
         return batch.augmentation
 
@@ -171,6 +175,6 @@ def test_loss_groups_and_masks_are_parts_of_the_global_batch():
     expected = (halves[:, None] != halves) | slow_near_duplicates(chosen, indices, 6)
     assert np.array_equal(alone.excluded.numpy(), expected)
     for rank in range(3):
-        share = next(batches.stream(chosen, args, 0, CPU, rank=rank, world=3))
+        share = next(stream(chosen, args, rank=rank, world=3))
         assert len(share.slices) == 8 and torch.equal(share.excluded, alone.excluded)
         assert share.dose == alone.dose == 0

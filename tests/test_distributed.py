@@ -46,7 +46,8 @@ def test_two_processes_pretrain_as_one_would_on_their_shares(store, tmp_path, ru
     model, optimizer = pretrain.build(args, CPU)
     start = {name: p.detach().clone() for name, p in model[0].named_parameters()}
     chosen = pretrain.read_selection(selection)
-    streams = [batches.stream(chosen, args, 0, CPU, rank, 2) for rank in range(2)]
+    steps = [batches.steps(chosen, args, 0) for _ in range(2)]
+    streams = [batches.stream(chosen, args, steps[rank], CPU, rank, 2) for rank in range(2)]
     for step in range(4):
         shares = [next(stream) for stream in streams]
         views = [simclr.augment(share.slices, share.augmentation, 32) for share in shares]
