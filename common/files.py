@@ -160,7 +160,7 @@ def code(*but):
     files = [Path(file).resolve() for file in files if "site-packages" not in file]
     ours = {file.relative_to(ROOT).as_posix() for file in files if file.is_relative_to(ROOT)}
     names = [name for name in ours if name.endswith(".py") and "lib/python3." not in name]
-    return {name: digest(name) for name in sorted({*names} - {*SHOW, *but})}
+    return {name: digest(name) for name in sorted({*names} - {*SHOW, *but}) if digest(name)}
 
 
 @cache
