@@ -11,6 +11,7 @@ their checks, the names of selections and --help follow from that table.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -72,20 +73,14 @@ def by_hash(group, bits):
     return representative, -similarity.astype(int)
 
 
-def by_ssim(group, threshold):
-    """Greedy on structural similarity (measure of the paper; threshold our choice)."""
-    return by_pixels(ssim, group, threshold)
-
-
-def by_mi(group, threshold):
-    """Greedy on normalised mutual information (likewise)."""
-    return by_pixels(mutual_information, group, threshold)
-
-
 def by_pixels(measure, group, threshold):
-    """Greedy on a measure of similarity.py."""
+    """Greedy on a measure of similarity.py (these two are the paper's; thresholds our choice)."""
     compare = measure(np.asarray(group.slices))
     return greedy(np.arange(len(group.slices)), compare, threshold)
+
+
+by_ssim = partial(by_pixels, ssim)
+by_mi = partial(by_pixels, mutual_information)
 
 
 def by_features(group, threshold):
