@@ -40,8 +40,8 @@ def main():
     args = parse_args()
     check_folders(args.data, args.out)
     with exclusive(args.out):
+        given = read_given(args)  # first of all, for a store takes its time
         store = open_or_build_store(args.data, args.out, args.size, args.window, args.workers)
-        given = read_given(args)
         settings = settings_of(args, given)
         name = args.name or default_name(args)
         path, summary = args.out / f"{name}.csv", args.out / f"{name}.json"
@@ -75,7 +75,7 @@ def parse_args():
     keep = f"share up to 1, or number, or as many as this selection (default without a T: {KEEP})"
     budget.add_argument("--keep", type=amount, metavar="SHARE|COUNT|SELECTION.csv", help=keep)
     like = "keep as many slices of each volume as this selection in OUT"
-    budget.add_argument("--like", type=selection_file, metavar="SELECTION.csv", help=like)
+    budget.add_argument("--like", type=Path, metavar="SELECTION.csv", help=like)
     scope = "select within each volume (paper) or over all at once (the drafts' HashAll)"
     add("--scope", choices=["volume", "dataset"], default="volume", help=scope)
     encoder = "for the features: encoder.pt, or imagenet: torchvision's ResNet-50 (downloaded)"
@@ -113,19 +113,12 @@ def amount(text):
     try:
         value = float(text)
     except ValueError:
-        return selection_file(text)
+        return Path(text)
     if 0 < value <= 1:
         return value
     if value >= 2 and value.is_integer():
         return int(value)
     raise ArgumentTypeError(f"{text} is not a share, up to 1, nor a whole number from 2 on")
-
-
-def selection_file(text):
-    """The `type` of --like."""
-    if not Path(text).is_file():
-        raise ArgumentTypeError(f"{text}: no such selection: make it first")
-    return Path(text)
 
 
 def check_flags(args, strategy):
@@ -171,9 +164,9 @@ def read_given(args):
     path = args.like or args.keep
     if not isinstance(path, Path):
         return None
+    given = read_selection(path)
     if path.resolve().parent != args.out.resolve():
         fail(f"{path}: belongs to another store than {args.out}")
-    given = read_selection(path)
     if args.keep is not None:
         args.keep = len(given.kept)
     return given
@@ -254,13 +247,12 @@ def select(args, store, given):
 
         features = embed(args.encoder, store.slices)
     rng = np.random.default_rng(args.seed)
-    groups = []
-    for volume in volumes:
-        span = slice(volume[0], volume[-1] + 1)  # no copy: nothing is read yet
-        groups.append(Group(store.hashes[span], store.slices[span], features[span], rng))
+    spans = [slice(volume[0], volume[-1] + 1) for volume in volumes]  # views: nothing is read yet
+    groups = [Group(store.hashes[span], store.slices[span], features[span], rng) for span in spans]
 
     def select_at(threshold):
-        return apply_to_groups(args, groups, strategy.by_threshold, [threshold] * len(groups))
+        jobs = [partial(strategy.by_threshold, group, threshold) for group in groups]
+        return select_each(args, volumes, jobs)
 
     if args.threshold is not None:
         return *select_at(args.threshold), args.threshold
@@ -270,7 +262,8 @@ def select(args, store, given):
     counts = counts_to_keep(args, volumes, given)
     if strategy.by_count:
         keep_count = partial(reduction.keep_count, strategy.by_count)
-        return *apply_to_groups(args, groups, keep_count, counts), None
+        jobs = [partial(keep_count, *job) for job in zip(groups, counts, strict=True)]
+        return *select_each(args, volumes, jobs), None
     target = args.keep * n if isinstance(args.keep, float) else args.keep
     threshold, selection = reduction.search(select_at, strategy, target)
     return *selection, threshold
@@ -290,22 +283,18 @@ def counts_to_keep(args, volumes, given):
     return reduction.share_out(sizes, args.keep)
 
 
-def apply_to_groups(args, groups, function, amounts):
-    """function(Group, amount) of every group -> (representative, similarity) of all slices.
+def select_each(args, volumes, jobs):
+    """(representative, similarity) of all slices, by a job() of each volume that gives its own.
 
-    amounts: a threshold or count for each group. What looks at pixels runs in worker processes.
+    What looks at pixels runs in worker processes.
     """
-    jobs = [partial(function, *job) for job in zip(groups, amounts, strict=True)]
     slow = STRATEGIES[args.strategy].looks_at == "pixels"
     results = in_order(call, jobs, args.workers) if slow else map(call, jobs)
     with threadpool_limits(1):  # so that the number of cores changes no result
         results = list(tqdm(results, args.strategy, len(jobs), unit="volume", disable=not slow))
-    first = 0
-    representative = []
-    for of_group, _ in results:
-        representative.append(first + of_group)
-        first += len(of_group)
-    return np.concatenate(representative), np.concatenate([alike for _, alike in results])
+    representative, similarity = zip(*results, strict=True)
+    in_store = [volume[index] for volume, index in zip(volumes, representative, strict=True)]
+    return np.concatenate(in_store), np.concatenate(similarity)
 
 
 if __name__ == "__main__":
