@@ -16,7 +16,7 @@ from torch import nn
 MOMENTUM, TRUST_COEFFICIENT = 0.9, 0.001  # of LARS (You et al. 2017)
 
 
-def build(arch, projection_dim=128):
+def build(arch):
     """nn.Sequential(encoder, head): a torchvision ResNet without fc, then SimCLR's two layers."""
     encoder = torchvision.models.get_model(arch, weights=None)
     width = encoder.fc.in_features
@@ -25,7 +25,7 @@ def build(arch, projection_dim=128):
         nn.Linear(width, width, bias=False),
         nn.BatchNorm1d(width),
         nn.ReLU(inplace=True),
-        nn.Linear(width, projection_dim),
+        nn.Linear(width, 128),
     )
     return nn.Sequential(encoder, head)
 
@@ -54,7 +54,12 @@ def draw_augmentation(n, rng):
     code). All that is random must be drawn here, from rng, or a run does not go on to the same
     bytes.
     """
-    top, height, left, width = random_crop(n, rng)
+    area = rng.uniform(0.08, 1.0, n)
+    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
+    width = np.sqrt(area * ratio).clip(max=1)  # RandomResizedCrop's, clipped to fit
+    height = np.sqrt(area / ratio).clip(max=1)
+    top = rng.random(n) * (1 - height)
+    left = rng.random(n) * (1 - width)
     flip = rng.random(n) < 0.5
     sigma = np.where(rng.random(n) < 0.5, rng.uniform(0.1, 2.0, n) / 224, 0)
     jittered = rng.random(n) < 0.8
@@ -62,17 +67,6 @@ def draw_augmentation(n, rng):
     contrast = np.where(jittered, rng.uniform(0.6, 1.4, n), 1)
     drawn = Augmentation(top, height, left, width, flip, sigma, brightness, contrast)
     return torch.from_numpy(np.stack(drawn).astype(np.float32))
-
-
-def random_crop(n, rng):
-    """(top, height, left, width), [n] each, as shares: RandomResizedCrop's, clipped to fit."""
-    area = rng.uniform(0.08, 1.0, n)
-    ratio = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), n))
-    width = np.sqrt(area * ratio).clip(max=1)
-    height = np.sqrt(area / ratio).clip(max=1)
-    top = rng.random(n) * (1 - height)
-    left = rng.random(n) * (1 - width)
-    return top, height, left, width
 
 
 def augment(slices, parameters, size):
@@ -188,7 +182,10 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum, each tensor's step scaled to the norm of its weights (You et al. 2017)."""
 
     def __init__(self, groups, lr):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
+        super().__init__(groups, {"lr": lr})
+        for group in self.param_groups:
+            for weights in group["params"]:
+                self.state[weights]["momentum"] = torch.zeros_like(weights)
 
     @torch.no_grad()
     def step(self):
@@ -202,16 +199,10 @@ class LARS(torch.optim.Optimizer):
                 scale = TRUST_COEFFICIENT * weight_norm / update_norm
                 scale = torch.where((weight_norm > 0) & (update_norm > 0), scale, 1.0)
                 torch._foreach_mul_(updates, list(scale))
-            momenta = [self.momentum_of(p) for p in weights]
+            momenta = [self.state[p]["momentum"] for p in weights]
             torch._foreach_mul_(momenta, MOMENTUM)
             torch._foreach_add_(momenta, updates)
             if torch.is_tensor(group["lr"]):  # a CUDA graph's, which is read in every replay
                 torch._foreach_add_(weights, torch._foreach_mul(momenta, -group["lr"]))
             else:  # rounded once, not twice
                 torch._foreach_add_(weights, momenta, alpha=-group["lr"])
-
-    def momentum_of(self, parameter):
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return state["momentum"]
