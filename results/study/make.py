@@ -83,16 +83,14 @@ LARS, ADAMW = "--optimizer lars", "--optimizer adamw --lr 0.001"
 RECIPE = f"{NETWORK} --batch-size 128 --warmup 0.1"
 RANDOM_128 = "--strategy random --keep 128 --scope dataset --seed {seed}"
 SELECTED = {"ALL": ALL, "Hash-6": HASH_6, "Random-matched": MATCHED, "Random-128": RANDOM_128}
-LENGTH = {  # row: flags of reduce.py, flags of pretrain.py
-    f"{prefix}{name}-{steps}": (flags, f"{optimizer} --steps {steps}")
+ENDINGS = {"": "", "-wd": " --weight-decay 0.05", "-held": " --hold-out 0.1"}
+LENGTH = {  # row: flags of reduce.py, flags of pretrain.py; more rows than ORDER asks for
+    f"{prefix}{name}-{steps}{ending}": (flags, f"{optimizer} --steps {steps}{more}")
     for prefix, optimizer in {"LARS-": LARS, "": ADAMW}.items()
     for name, flags in SELECTED.items()
     for steps in (750, 2250, 5600, 12000, 38400)
+    for ending, more in ENDINGS.items()
 }
-for row in ("ALL-38400", "ALL-5600", "Hash-6-5600"):
-    LENGTH[f"{row}-wd"] = (LENGTH[row][0], f"{LENGTH[row][1]} --weight-decay 0.05")
-for row in ("ALL-2250", "ALL-5600", "ALL-12000", "ALL-38400", "LARS-ALL-38400"):
-    LENGTH[f"{row}-held"] = (LENGTH[row][0], f"{LENGTH[row][1]} --hold-out 0.1")
 LENGTH |= {  # Half-: of a random half of the patients
     "Check-750": (ALL, f"{ADAMW} --steps 750"),
     "Half-ALL": (ALL, f"{ADAMW} --epochs 800"),
@@ -133,10 +131,6 @@ LINES = 60  # of a run's log that go into its record, at even ratios
 one_at_a_time = threading.Lock()  # reduce.py works alone in a store
 
 
-class TimeIsOver(Exception):
-    """--seconds are over: what runs was killed, and goes on at the next call."""
-
-
 def main():
     parser = files.Flags(description=__doc__)
     parser.add_argument("data", type=Path, metavar="DATA")
@@ -152,7 +146,7 @@ def main():
     try:
         with files.exclusive(args.out):
             make_all(args)
-    except TimeIsOver:
+    except subprocess.TimeoutExpired:  # what ran was killed, and goes on at the next call
         left = len(runs_to_make(args.out, args.plan))
         print(f"time is over, {left} runs left, then fine-tuning: the same command goes on")
         sys.exit(TIME_IS_OVER)
@@ -202,30 +196,26 @@ def settings(row):
     }
 
 
-def selection_of(args, row, seed):
-    """Its file, named after the first row that has it."""
-    rows = PLAN | LENGTH
-    name = next(other for other in rows if rows[other][0] == rows[row][0])
-    if "{seed}" in rows[row][0]:
-        name += f"-seed-{seed}"
-    folder = args.out / "slices"
-    return (folder / f"half-{seed}" if row.startswith("Half-") else folder) / f"{name}.csv"
-
-
 def flags_of(args, row, seed, script):
     return [word.format(out=args.out, seed=seed) for word in settings(row)[script].split()]
 
 
 def select(args, row, seed):
-    selection = selection_of(args, row, seed)
+    """The file of a row's selection, named after the first row that has it; made if need be."""
+    rows = PLAN | LENGTH
+    name = next(other for other in rows if rows[other][0] == rows[row][0])
+    if "{seed}" in rows[row][0]:
+        name += f"-seed-{seed}"
+    half = row.startswith("Half-")
+    store = args.out / "slices" / (f"half-{seed}" if half else "")
+    selection = store / f"{name}.csv"
     with one_at_a_time:
-        if selection in args.selected:
-            return
-        ct = draw_half(args, seed) if row.startswith("Half-") else args.data / "ct"
-        name, flags = selection.stem, flags_of(args, row, seed, "reduce")
-        log = args.out / "runs" / f"select-{name}.txt"
-        call(args, log, "reduce.py", ct, selection.parent, "--name", name, *flags)
-        args.selected.add(selection)
+        if selection not in args.selected:
+            ct = draw_half(args, seed) if half else args.data / "ct"
+            flags = ["--name", name, *flags_of(args, row, seed, "reduce")]
+            call(args, args.out / "runs" / f"select-{name}.txt", "reduce.py", ct, store, *flags)
+            args.selected.add(selection)
+    return selection
 
 
 def draw_half(args, seed):
@@ -259,9 +249,9 @@ def make_run(args, row, seed):
     log = run.with_name(f"{run.name}.txt")  # a name holds dots
     encoder = ["scratch", "--seeds", seed + 1]
     if row != "scratch":
-        select(args, row, seed)
+        selection = select(args, row, seed)
         flags = ["--seed", seed, *flags_of(args, row, seed, "pretrain")]
-        call(args, log, "pretrain.py", selection_of(args, row, seed), run, *flags)
+        call(args, log, "pretrain.py", selection, run, *flags)
         encoder = [run / "encoder.pt"]
     results = args.out / "results.csv"
     for evaluation in EVALUATIONS:
@@ -303,18 +293,14 @@ def finetune(args, row):
 
 def call(args, log, script, *arguments):
     """Run a script; its output is added to the log. Stop with one line if it fails."""
-    left = None if args.ends_at is None else args.ends_at - time.monotonic()
-    if left is not None and left <= 0:
-        raise TimeIsOver
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, files.ROOT / script, *map(str, arguments)]
+    left = args.ends_at and args.ends_at - time.monotonic()
+    if left is not None and left <= 0:
+        raise subprocess.TimeoutExpired(command, 0)
     with open(log, "a") as file:
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=left
-            )
-        except subprocess.TimeoutExpired:  # killed; the scripts go on where they were
-            raise TimeIsOver from None
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        done = subprocess.run(command, **streams, timeout=left)
     if done.returncode:
         files.fail(f"{script} failed: see the end of {log}")
 
