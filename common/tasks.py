@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import re
 import sys
 from collections import Counter
@@ -102,7 +101,10 @@ def list_covid_ct(data):
     listed = []
     for label, kind in [("0", "NonCOVID"), ("1", "COVID")]:
         for part in SPLITS:
-            for name in read_text(find_one(data, f"{part}CT_{kind}.txt")).split():
+            file = find_one(data, f"{part}CT_{kind}.txt")
+            with readable(file):
+                names = file.read_text(encoding="utf-8-sig").split()
+            for name in names:
                 group = f"{kind} {covid_ct_source(name)}"
                 listed.append(Listed(data / f"CT_{kind}" / name, label, part, group))
     groups = {image.group for image in listed}
@@ -166,7 +168,9 @@ def load_npz(pattern, data, size):
 
 def make_task(source, originals, labels, split, groups, size):
     """The Task of images, uint8 [h, w] each; split and groups are empty texts where unknown."""
-    classes = sorted_classes(labels)
+    classes = sorted(set(labels))
+    with suppress(ValueError):
+        classes.sort(key=float)  # numbers as numbers, anything else as text
     if len(classes) < 2:
         fail(f"{source}: all images are of class {', '.join(classes)}: at least two are needed")
     for texts in (labels, groups):
@@ -203,14 +207,6 @@ def with_positive(task, name):
     if name == task.classes[1]:
         return task
     return task._replace(classes=task.classes[::-1], labels=1 - task.labels)
-
-
-def sorted_classes(labels):
-    """Names of the classes in their order: numbers as numbers, anything else as text."""
-    classes = sorted(set(labels))
-    with suppress(ValueError):
-        classes.sort(key=float)
-    return classes
 
 
 def check_parts(task, source, parts, least):
@@ -350,8 +346,8 @@ def readable(file):
 def read_table(path, needed, optional=()):
     """The lines of a CSV file, {column: text}: needed columns, and optional ones that it has."""
     lines = []
-    with readable(path):
-        reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
+    with readable(path), open(path, encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if missing := [name for name in needed if name not in reader.fieldnames]:
             raise ValueError(f"its first line lacks {', '.join(missing)} (or commas between)")
@@ -359,20 +355,14 @@ def read_table(path, needed, optional=()):
             unused = f"columns not used: {', '.join(sorted(other))}; known: {', '.join(optional)}"
             print(f"warning: {path}: {unused}", file=sys.stderr)
         for line in reader:
-            columns = [*needed, *(name for name in optional if name in line)]
-            cells = [line.get(name, "").strip() for name in columns]
             if None not in line and not any(map(str.strip, line.values())):
                 continue
-            if None in line or "" in cells:
+            cells = {name: line[name].strip() for name in (*needed, *optional) if name in line}
+            if None in line or "" in cells.values():
                 where = f"{path}: line {reader.line_num}: {line}"
-                fail(f"{where} must tell {' and '.join(columns)}, commas in quotes, and no more")
-            lines.append(dict(zip(columns, cells, strict=True)))
+                fail(f"{where} must tell {' and '.join(cells)}, commas in quotes, and no more")
+            lines.append(cells)
     return lines
-
-
-def read_text(file):
-    with readable(file):
-        return file.read_text(encoding="utf-8-sig")
 
 
 def read_grey(file):
