@@ -28,20 +28,10 @@ from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from torch import nn
 from tqdm import tqdm
 
-from common import auc, encoder
+from common import auc, encoder, tasks
 from common.figure import figure
 from common.files import Flags, code, fail, number, read_json, refuse_other, run_script
 from common.tables import KEY, ONE_TABLE, add_line, made_by, read_results, scores_file, tables
-from common.tasks import (
-    TASKS,
-    check_split,
-    checked_folds,
-    draw_labels,
-    load_task,
-    report,
-    split_of,
-    with_positive,
-)
 
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear probe, chosen by AUC on the validation split
 FIXED_C = 1e-2  # where no validation split is used; few labels may want a larger one
@@ -56,16 +46,16 @@ def main():
         return print(tables(args.results, args.baseline))
     if args.task == "figure":
         return figure(args.results, args.figure, args.baseline)
-    task = load_task(args.task, args.data, args.size)
+    task = tasks.load_task(args.task, args.data, args.size)
     if args.positive:
-        task = with_positive(task, args.positive)
-    folds = checked_folds(task, args.folds, args.repeats) if args.folds else None
+        task = tasks.with_positive(task, args.positive)
+    folds = tasks.checked_folds(task, args.folds, args.repeats) if args.folds else None
     if not folds:
-        check_split(task, args.data)
+        tasks.check_split(task, args.data)
     for source in set(args.encoder):  # a wrong file is refused before hours with the others
         encoder.load_encoder(source, args.arch, seed=0)
         pretraining(source)
-    report(args.task, task, folds)
+    tasks.report(args.task, task, folds)
     for seed, source in seeds_and_encoders(args):
         lines = {share: line_of(args, task, seed, source, share) for share in args.label_share}
         lines = {share: line for share, line in lines.items() if not is_done(args.results, line)}
@@ -75,7 +65,7 @@ def main():
             started = time.perf_counter()
             if args.protocol == "finetune":
                 network = encoder.load_encoder(source, args.arch, seed)
-                scores = finetune(network, task, split_of(task), seed, args)
+                scores = finetune(network, task, tasks.split_of(task), seed, args)
             else:
                 scores = probe(features, task, folds, share, args.draws)
             finish_line(args, task, line, scores, time.perf_counter() - started)
@@ -190,9 +180,7 @@ def measure(labels, probabilities, folds=1):
 
 def frozen_features(args, task, seed, source):
     """The features of a task's images, float32 [N, width]."""
-    network = encoder.load_encoder(source, args.arch, seed)
-    statistics = encoder.input_statistics(source)
-    features = encoder.features(network, task.images, statistics, args.device, args.name)
+    features = encoder.features(source, args.arch, seed, task.images, args.device, args.name)
     if not np.isfinite(features).all():
         fail(f"{source}: gives features that are not finite: its pre-training went wrong")
     return features
@@ -214,7 +202,7 @@ def probe_split(features, task):
     stops at ten times scikit-learn's tolerance (our choice): a quarter of the time on organ, AUC
     the same to 0.0003; on small sets that would change which C is best.
     """
-    train, val, test = split_of(task).values()
+    train, val, test = tasks.split_of(task).values()
     scaled = StandardScaler().fit(features[train]).transform(features)
     tolerance = 1e-4 if len(train) < 5000 else 1e-3
     model = LogisticRegression(max_iter=2000, warm_start=True, tol=tolerance)
@@ -233,8 +221,8 @@ def probe_draws(features, task, share, draws):
 
     Features are standardised over all training images, which needs no labels (our choice).
     """
-    train, _, test = split_of(task).values()
-    drawn = [draw_labels(task, train, share, draw) for draw in range(draws)]
+    train, _, test = tasks.split_of(task).values()
+    drawn = [tasks.draw_labels(task, train, share, draw) for draw in range(draws)]
     parts = [fit_and_predict(features, task, train, labelled, test) for labelled in drawn]
     return len(drawn[0]), 0, test, np.stack(parts)
 
@@ -342,9 +330,9 @@ def forward(model, images, task, args):
 
 def parse_args():
     parser = Flags(description=__doc__)
-    tasks = f"{', '.join(TASKS)}, tables or figure: `evaluate.py TASK --help` lists its flags"
-    commands = parser.add_subparsers(dest="task", metavar="TASK", required=True, help=tasks)
-    for task in TASKS:
+    names = f"{', '.join(tasks.TASKS)}, tables or figure: `evaluate.py TASK --help` lists its flags"
+    commands = parser.add_subparsers(dest="task", metavar="TASK", required=True, help=names)
+    for task in tasks.TASKS:
         add_flags(commands.add_parser(task))
     for command in ("tables", "figure"):
         add = commands.add_parser(command).add_argument
@@ -353,7 +341,7 @@ def parse_args():
             add("figure", type=Path, metavar="FIGURE.svg", help="file to write")
         add("--baseline", metavar="ROW", default="ALL", help="row compared to (default: ALL)")
     args = parser.parse_args()
-    if args.task in TASKS:
+    if args.task in tasks.TASKS:
         check_args(args)
     return args
 
@@ -382,9 +370,8 @@ def add_flags(parser):
     share = {"type": number(least=1e-12, most=1), "nargs": "+", "default": [1.0], "metavar": "F"}
     add("--label-share", **share, help="of the training labels; several: a line each")
     add("--folds", type=number(int, least=2), help="cross-validation instead of the task's split")
-    add = parser.add_argument_group(
-        "finetune (the paper's, but for batches, precision, resize)"
-    ).add_argument
+    heading = "finetune (the paper's, but for batches, precision, resize)"
+    add = parser.add_argument_group(heading).add_argument
     frozen = f"first epochs, which train batch norm and the linear layer alone; {default}"
     add("--epochs", type=count, default=70, help=default)
     add("--freeze-epochs", type=number(int, least=0), default=10, help=frozen)

@@ -18,8 +18,7 @@ from common.files import fail
 ARCHS = ["resnet18", "resnet50"]
 STAGES = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")  # of a ResNet, but fc
 MEAN, STD = 0.5, 0.5  # of the network's input; our choice
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's input for its weights
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # these, for torchvision's weights
 BATCH = 64  # images whose features are computed at once
 # pixels a side: below, a 3 x 3 convolution with stride 2 reads a 1 x 1 map, and oneDNN
 # (PyTorch 2.11) leaves parts of its gradient in bfloat16 uninitialised
@@ -53,17 +52,17 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """The torch.dtype of autocast for "auto" (bfloat16 where it pays), "float32" or "bfloat16"."""
-    if name == "auto":
-        return torch.bfloat16 if bf16_pays(device) else torch.float32
-    return getattr(torch, name)
+    """The torch.dtype of autocast for "auto", "float32" or "bfloat16".
 
-
-def bf16_pays(device):
-    """Whether the hardware multiplies bfloat16; elsewhere it would only be emulated."""
+    Auto: bfloat16 where the hardware multiplies it; elsewhere it would only be emulated.
+    """
+    if name != "auto":
+        return getattr(torch, name)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 # --- Weights in.
@@ -160,34 +159,30 @@ def encoder_hash(source):
 def to_input(grey, mean=MEAN, std=STD):
     """Grey values in 0..1, float [B, size, size] -> float [B, 3, size, size], channels last.
 
-    mean, std: a number, or three for the channels.
+    mean, std: a number, or one for each channel, [3, 1, 1].
     """
-    if isinstance(mean, tuple):
-        mean = torch.tensor(mean, device=grey.device).view(3, 1, 1)
-        std = torch.tensor(std, device=grey.device).view(3, 1, 1)
     normalised = (grey.unsqueeze(1) - mean) / std
     return normalised.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-def input_statistics(source):
-    """(mean, std) of the input that an encoder was trained on."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if source == "imagenet" else (MEAN, STD)
-
-
-def features(network, images, statistics, device, label):
+def features(source, arch, seed, images, device, label):
     """The features of images, uint8 [N, size, size] -> float32 [N, width]: means of the last stage.
 
-    On a CPU each batch has one thread, and as many batches run at once as there are threads: the
-    same bytes on any number of cores.
+    source, arch, seed: see load_encoder. On a CPU each batch has one thread, and as many batches
+    run at once as there are threads: the same bytes on any number of cores.
     """
-    network = network.eval().to(device, memory_format=torch.channels_last)
+    network = load_encoder(source, arch, seed).eval()
+    network.to(device, memory_format=torch.channels_last)
+    mean, std = MEAN, STD
+    if source == "imagenet":
+        mean, std = torch.tensor(IMAGENET, device=device).view(2, 3, 1, 1)
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
 
     @torch.inference_mode()
     def forward(start):
         batch = torch.from_numpy(images[start : start + BATCH].copy())
-        inputs = to_input(batch.to(device).float() / 255, *statistics)
+        inputs = to_input(batch.to(device).float() / 255, mean, std)
         return network(inputs).cpu().numpy()
 
     starts = range(0, len(images), BATCH)
@@ -204,5 +199,5 @@ def embed(source, slices):
     [N, size, size].
     """
     small = source != "imagenet" and "layer1.0.conv3.weight" not in read_weights(source)
-    network = load_encoder(source, "resnet18" if small else "resnet50", seed=0)
-    return features(network, slices, input_statistics(source), choose_device("auto"), "features")
+    arch = "resnet18" if small else "resnet50"
+    return features(source, arch, 0, slices, choose_device("auto"), "features")

@@ -136,14 +136,18 @@ def test_features_are_those_of_one_image_after_another(tmp_path, monkeypatch, ar
     assert slow.shape == (7, width) and np.allclose(arrays[0], slow, atol=1e-4)
 
 
-def test_input_is_normalised_as_the_encoder_was_trained():
+def test_input_is_normalised_as_the_encoder_was_trained(monkeypatch):
     """Ours by a half and a half, torchvision's ImageNet weights by its documented numbers."""
-    grey = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3)
-    ours = encoder.to_input(grey, *encoder.input_statistics("encoder.pt"))
-    assert torch.equal(ours, torch.tensor([-1.0, 0.0, 1.0]).expand(1, 3, 1, 3))
-    imagenet = encoder.to_input(grey, *encoder.input_statistics("imagenet"))
-    preset = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert torch.allclose(imagenet, preset(grey.expand(1, 3, 1, 3)))
+    monkeypatch.setattr(encoder, "load_encoder", lambda *_: torch.nn.Identity())
+    images = np.array([[[0, 51, 255]]], np.uint8)
+    grey = torch.tensor([0.0, 0.2, 1.0]).expand(1, 3, 1, 3)
+    presets = {
+        "encoder.pt": torchvision.transforms.Normalize([0.5] * 3, [0.5] * 3),
+        "imagenet": torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    }
+    for source, preset in presets.items():
+        given = encoder.features(source, "resnet18", 0, images, torch.device("cpu"), "")
+        assert np.allclose(given, preset(grey), atol=1e-6)
 
 
 def test_a_device_is_there_and_convolutions_are_repeatable_and_in_full_float32(monkeypatch):
@@ -159,7 +163,8 @@ def test_a_device_is_there_and_convolutions_are_repeatable_and_in_full_float32(m
 def test_precision_is_chosen_by_hardware(monkeypatch):
     cpu = torch.device("cpu")
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(encoder, "bf16_pays", lambda device, native=native: native)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda native=native: native)
         assert encoder.choose_precision("auto", cpu) == dtype
         assert encoder.choose_precision("float32", cpu) == torch.float32
         assert encoder.choose_precision("bfloat16", cpu) == torch.bfloat16
