@@ -163,8 +163,8 @@ def finish_line(args, task, line, scores, seconds):
 def measure(labels, probabilities, folds=1):
     """{"auc", "auc_sd", "f1", "accuracy"} as text: means over the parts of a line.
 
-    labels: int [n]. probabilities: [n, classes], or [parts, n, classes] where NaN marks images that
-    a part does not test. The SD is over the parts, or over repeats of so many folds each.
+    labels, probabilities: as in auc.bootstrap. The SD is over the parts, or over repeats of so many
+    folds each.
     """
     measured = []
     for part in probabilities.reshape(-1, *probabilities.shape[-2:]):

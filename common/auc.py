@@ -86,8 +86,8 @@ def sample_weights(labels, groups, draws=DRAWS):
 def bootstrap(labels, probabilities, weights):
     """AUC under each column of weights, [draws].
 
-    probabilities: [n, classes], or [parts, n, classes] for a mean over parts (draws of training
-    labels, folds), each with NaN for the images that it does not test.
+    probabilities: [n, classes], or [parts, n, classes] of a line that is a mean over parts: draws
+    of labels, or every fold of every repeat (NaN for the images that a part does not test).
     """
     aucs = []
     for part in probabilities if probabilities.ndim == 3 else [probabilities]:
@@ -128,10 +128,9 @@ def image_covariance(rows):
     means = np.array([draws.mean(axis=0) for draws in rows])
     covariance = np.cov(means, ddof=1).reshape(len(rows), len(rows))
     for i, draws in enumerate(rows):
-        runs = len(draws)
-        if runs > 1:
-            by_run = (draws - means[i]).var(axis=1, ddof=1).sum() / (runs - 1)
-            covariance[i, i] -= by_run / runs
+        if len(draws) > 1:
+            own = (draws - means[i]).var(axis=1, ddof=1).sum() / (len(draws) - 1)
+            covariance[i, i] -= own / len(draws)
     return covariance
 
 
@@ -174,11 +173,9 @@ def estimate(rows, weights, covariance, between_runs, groups):
     weights = np.array(weights, float)
     value = float(sum(weight * np.mean(aucs) for weight, aucs in zip(weights, rows, strict=True)))
     image_part = max(float(weights @ covariance @ weights), 0.0)
-    runs = min(len(aucs) for aucs in rows)
-    run_part, run_freedom = 0.0, 1
-    if runs > 1:
-        variance, run_freedom = between_runs
-        run_part = variance * sum(weights**2 / [len(aucs) for aucs in rows])
+    runs = [len(aucs) for aucs in rows]
+    variance, run_freedom = between_runs
+    run_part = variance * sum(weights**2 / runs) if min(runs) > 1 else 0.0
     error = (run_part + image_part) ** 0.5
     freedom = max(groups - 1, 1)
     if run_part > 0:
@@ -190,11 +187,11 @@ def estimate(rows, weights, covariance, between_runs, groups):
         value=value,
         interval=(max(value - half, lowest), min(value + half, highest)),
         interval_90=(max(value - half_90, lowest), min(value + half_90, highest)),
-        p=p if runs > 1 else None,
-        detectable=half + power if runs > 1 else None,
+        p=p if min(runs) > 1 else None,
+        detectable=half + power if min(runs) > 1 else None,
         error=error,
         freedom=freedom,
-        runs=runs,
+        runs=min(runs),
     )
 
 

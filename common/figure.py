@@ -18,8 +18,7 @@ def figure(results, path, baseline="ALL"):
     """AUC of every row with its 95 % interval, one panel a table; a line at the baseline's."""
     shapes = []
     top = 0
-    tables = read_tables(results)
-    for key, table in tables.items():
+    for key, table in read_tables(results).items():
         shapes.append(text(12, top + 24, title(key), size=15))
         shapes.append(text(12, top + 42, f"AUC ({table.images()})", GREY))
         top = draw_table(shapes, top + 76, table, baseline)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from common import auc
-from common.auc import PRECISION, bootstrap_of
 from common.files import append_lines, atomic_write, fail, read_json, whole_lines
 
 COLUMNS = (  # settings, code: "name=value name=value ..."
@@ -64,9 +63,8 @@ def read_results(path):
 def add_line(results, line, tested, labels, groups, probabilities):
     """Add a line to results.csv, after its test scores and their bootstrap; a later one counts.
 
-    tested: int [n], images of the task. labels: int [n]. groups: int [n], images of one group are
-    not independent. probabilities: float [n, classes], or [parts, n, classes] of a line that is a
-    mean over parts: draws of labels, or every fold of every repeat (NaN for images not in it).
+    tested: int [n], images of the task. labels, groups: int [n], theirs. probabilities: as in
+    auc.bootstrap.
     """
     probabilities = probabilities.astype(np.float32)
     with atomic_write(scores_file(results, line)) as file:
@@ -74,7 +72,7 @@ def add_line(results, line, tested, labels, groups, probabilities):
             file, images=tested, labels=labels, groups=groups, probabilities=probabilities
         )
     record = dict(zip(IDENTITY, identity(line), strict=True))
-    record |= bootstrap_of(tested, labels, groups, probabilities)
+    record |= auc.bootstrap_of(tested, labels, groups, probabilities)
     append_lines(draws_file(results), json.dumps(record) + "\n")
     text = io.StringIO()
     csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(line)
@@ -111,7 +109,7 @@ def read_draws(results):
     records = {}
     for record in read_json(draws_file(results), lines=True):
         for key in ("draws", "parts"):
-            record[key] = PRECISION * np.array(record.get(key, []), float)
+            record[key] = auc.PRECISION * np.array(record.get(key, []), float)
         records[identity(record)] = record
     return records
 
@@ -168,35 +166,22 @@ def read_tables(results):
 
 
 def table_of(lines, records):
-    runs = runs_of(lines)
-    aucs = {
-        name: np.array([np.mean([float(line["auc"]) for line in run]) for run in row])
-        for name, row in runs.items()
-    }
-    covariance, groups = image_part(runs, records)
-    return Table(lines, aucs, covariance, groups, auc.variance_between_runs(aucs.values()))
-
-
-def runs_of(lines):
-    """{row: [the lines of each pre-training run]}; every seed of scratch is a run."""
-    runs = {}
+    rows = {}  # name: {run: the identities of its lines}; every seed of scratch is a run
     for line in lines:
         run = line["encoder"], line["encoder"] == "scratch" and line["seed"]
-        runs.setdefault(line["name"], {}).setdefault(run, []).append(line)
-    return {name: list(runs[name].values()) for name in runs}
+        rows.setdefault(line["name"], {}).setdefault(run, []).append(identity(line))
 
+    def by_run(values, runs):
+        return np.array([np.mean([values[line] for line in run], axis=0) for run in runs.values()])
 
-def image_part(runs, records):
-    """(auc.image_covariance of the rows, groups of test images); both 0 where draws are missing."""
-    lines = [line for row in runs.values() for run in row for line in run]
-    if any(identity(line) not in records for line in lines):
-        return np.zeros((len(runs), len(runs))), 0
-
-    def draws_of(run):
-        return np.mean([records[identity(line)]["draws"] for line in run], axis=0)
-
-    draws = [np.array([draws_of(run) for run in row]) for row in runs.values()]
-    return auc.image_covariance(draws), records[identity(lines[0])]["groups"]
+    values = {identity(line): float(line["auc"]) for line in lines}
+    aucs = {name: by_run(values, runs) for name, runs in rows.items()}
+    covariance, groups = np.zeros((len(rows), len(rows))), 0
+    if all(line in records for line in values):
+        values = {line: records[line]["draws"] for line in values}
+        covariance = auc.image_covariance([by_run(values, runs) for runs in rows.values()])
+        groups = records[identity(lines[0])]["groups"]
+    return Table(lines, aucs, covariance, groups, auc.variance_between_runs(aucs.values()))
 
 
 # --- Markdown.
@@ -240,14 +225,21 @@ def rows_and_power(table, baseline):
         why = f"No difference: it takes a row {baseline} (or `--baseline ROW`) and another one."
         return [markdown([head, *lines.values()]), why]
     differences = {name: table.estimate({name: 1, baseline: -1}) for name in others}
-    tested = [name for name in others if differences[name].p is not None]
-    corrected = dict(zip(tested, auc.holm([differences[name].p for name in tested]), strict=True))
+    tested = {name: one for name, one in differences.items() if one.p is not None}
+    corrected = dict(zip(tested, auc.holm([one.p for one in tested.values()]), strict=True))
     for name, difference in differences.items():
         value = f"{difference.value:+.3f}{interval_text(table, difference, '+.3f')}"
         lines[name] += [value, p_text(difference.p), p_text(corrected.get(name))]
     lines[baseline] += ["-"] * 3
     head += [f"difference to {baseline}", "p", "Holm"]
-    return [markdown([head, *lines.values()]), power(baseline, differences.values())]
+    power = "No p: a difference needs 2 pre-training runs or more of both rows."
+    if tested:
+        detectable = np.median([one.detectable for one in tested.values()])
+        power = (
+            f"A row and {baseline} cannot be told apart (p < 0.05, uncorrected, with 80 % power) "
+            f"below a true difference of {detectable:.3f}, the median over rows."
+        )
+    return [markdown([head, *lines.values()]), power]
 
 
 def auc_cell(table, name):
@@ -270,17 +262,6 @@ def p_text(p):
     if p is None:
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def power(baseline, differences):
-    """What the runs and images at hand can tell, in words."""
-    detectable = [difference.detectable for difference in differences if difference.p is not None]
-    if not detectable:
-        return "No p: a difference needs 2 pre-training runs or more of both rows."
-    return (
-        f"A row and {baseline} cannot be told apart (p < 0.05, uncorrected, with 80 % power) below "
-        f"a true difference of {np.median(detectable):.3f}, the median over rows."
-    )
 
 
 def paper_numbers(task):
