@@ -188,11 +188,12 @@ def frozen_features(args, task, seed, source):
 
 def probe(features, task, folds, share, draws):
     """(number of training images, of validation images, tested images [n], probabilities)."""
-    if folds:
-        return probe_folds(features, task, folds)
-    if share < 1:
-        return probe_draws(features, task, share, draws)
-    return probe_split(features, task)
+    with threadpool_limits(1, "blas"):  # more threads cost more than they bring on these matrices
+        if folds:
+            return probe_folds(features, task, folds)
+        if share < 1:
+            return probe_draws(features, task, share, draws)
+        return probe_split(features, task)
 
 
 def probe_split(features, task):
@@ -207,12 +208,11 @@ def probe_split(features, task):
     tolerance = 1e-4 if len(train) < 5000 else 1e-3
     model = LogisticRegression(max_iter=2000, warm_start=True, tol=tolerance)
     aucs, tested = [], []
-    with threadpool_limits(1, "blas"):  # more threads cost more than they bring on these matrices
-        for c in C_GRID:
-            model.set_params(C=c).fit(scaled[train], task.labels[train])
-            validated = auc.metrics(task.labels[val], model.predict_proba(scaled[val]))
-            aucs.append(validated["auc"])
-            tested.append(model.predict_proba(scaled[test]))
+    for c in C_GRID:
+        model.set_params(C=c).fit(scaled[train], task.labels[train])
+        validated = auc.metrics(task.labels[val], model.predict_proba(scaled[val]))
+        aucs.append(validated["auc"])
+        tested.append(model.predict_proba(scaled[test]))
     return len(train), len(val), test, tested[np.argmax(aucs)]
 
 
@@ -244,9 +244,8 @@ def probe_folds(features, task, folds):
 def fit_and_predict(features, task, scaled_on, train, test):
     """Logistic regression with FIXED_C on the train images; probabilities of test, [n, classes]."""
     scaled = StandardScaler().fit(features[scaled_on]).transform(features)
-    model = LogisticRegression(C=FIXED_C, max_iter=2000)
-    with threadpool_limits(1, "blas"):
-        return model.fit(scaled[train], task.labels[train]).predict_proba(scaled[test])
+    model = LogisticRegression(C=FIXED_C, max_iter=2000).fit(scaled[train], task.labels[train])
+    return model.predict_proba(scaled[test])
 
 
 # --- Fine-tuning.

@@ -155,8 +155,6 @@ class Estimate(NamedTuple):
     interval_90: tuple[float, float]  # for equivalence: two one-sided tests at 5 %
     p: float | None  # two-sided, of no difference; None where a row has one run
     detectable: float | None  # the true difference that is found with 80 % power at p < 0.05
-    error: float  # standard error
-    freedom: float  # degrees of freedom of its t distribution
     runs: int  # the fewest of a row
 
 
@@ -189,8 +187,6 @@ def estimate(rows, weights, covariance, between_runs, groups):
         interval_90=(max(value - half_90, lowest), min(value + half_90, highest)),
         p=p if min(runs) > 1 else None,
         detectable=half + power if min(runs) > 1 else None,
-        error=error,
-        freedom=freedom,
         runs=min(runs),
     )
 

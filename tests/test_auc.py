@@ -128,31 +128,35 @@ def test_the_covariance_is_that_between_rows_less_the_runs_own_part():
     assert np.allclose(found, np.cov(draws[[0, 3], 9:]))
 
 
+def t_interval(value, run_part, image_part):
+    """95 % interval by variances of 11 and 99 degrees of freedom (Satterthwaite 1946)."""
+    variance = run_part + image_part
+    freedom = variance**2 / (run_part**2 / 11 + image_part**2 / 99)
+    return pytest.approx(stats.t(freedom, value, variance**0.5).interval(0.95))
+
+
 def test_estimate_is_that_of_the_textbook():
-    """Runs alone: Student's two-sample t test. Images alone: their standard error."""
+    """Runs alone: Student's two-sample t test. With images: their variance is added."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.80, 0.01, 5), rng.normal(0.78, 0.01, 8)
     spread = auc.variance_between_runs([a, b])
     found = auc.estimate([a, b], [1, -1], np.zeros((2, 2)), spread, 100)
     expected = stats.ttest_ind(a, b)
-    assert found.p == pytest.approx(expected.pvalue) and found.freedom == pytest.approx(11)
+    assert found.p == pytest.approx(expected.pvalue) and found.runs == 5
     assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert found.interval_90 == pytest.approx(tuple(expected.confidence_interval(0.90)))
     images = np.array([[5.0, 3.0], [3.0, 2.0]]) * 1e-4  # variance of the difference: 1e-4
     found = auc.estimate([a, b], [1, -1], images, spread, 100)
-    run_part = spread[0] * (1 / 5 + 1 / 8)
-    assert found.error == pytest.approx((run_part + 1e-4) ** 0.5) and found.runs == 5
-    freedom = (run_part + 1e-4) ** 2 / (run_part**2 / 11 + 1e-8 / 99)
-    assert found.freedom == pytest.approx(freedom)
+    assert found.interval == t_interval(a.mean() - b.mean(), spread[0] * (1 / 5 + 1 / 8), 1e-4)
     alone = auc.estimate([a], [1], images[:1, :1], spread, 100)
-    assert alone.value == a.mean() and alone.error**2 == pytest.approx(spread[0] / 5 + 5e-4)
+    assert alone.value == a.mean() and alone.interval == t_interval(a.mean(), spread[0] / 5, 5e-4)
     thirds = auc.estimate([a, b], [1 / 3, -2], images, spread, 100)
     image_part = 5e-4 / 9 - 2 * 2 / 3 * 3e-4 + 4 * 2e-4
-    assert thirds.error**2 == pytest.approx(spread[0] * (1 / 9 / 5 + 4 / 8) + image_part)
+    run_part = spread[0] * (1 / 9 / 5 + 4 / 8)
+    assert thirds.interval == t_interval(a.mean() / 3 - 2 * b.mean(), run_part, image_part)
     # (a - b) - (c - d), of 5, 8, 5 and 8 runs
     four = auc.estimate([a, b, b, a], [1, -1, -1, 1], np.zeros((4, 4)), spread, 100)
-    assert four.value == pytest.approx(2 * (a.mean() - b.mean()))
-    assert four.error**2 == pytest.approx(spread[0] * (2 / 5 + 2 / 8))
+    assert four.interval == t_interval(2 * (a.mean() - b.mean()), spread[0] * (2 / 5 + 2 / 8), 0)
     with pytest.raises(ValueError):
         auc.estimate([a, b], [1], np.zeros((1, 1)), spread, 100)
 
