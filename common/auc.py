@@ -58,8 +58,7 @@ def binary_auc(positive, scores, weights):
 
 def mean_of_defined(aucs):
     """Mean over the first axis without NaN; NaN where there is nothing else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but NaN
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of nothing but NaN
         return np.nanmean(aucs, axis=0)
 
 

@@ -197,7 +197,8 @@ def tables(results, baseline="ALL"):
             text.append("Intervals cover runs only: results-draws.jsonl lacks some lines.")
         text.append(f"Settings: {table.lines[0]['settings']}.")
     for task in dict.fromkeys(key[0] for key in by_key):
-        text += paper_numbers(task)
+        if task in PAPER:
+            text += paper_numbers(task)
     return "\n\n".join(text)
 
 
@@ -265,9 +266,7 @@ def p_text(p):
 
 
 def paper_numbers(task):
-    """The paper's numbers of one of its own tasks, as paragraphs; none of other tasks."""
-    if task not in PAPER:
-        return []
+    """The paper's numbers of one of its own tasks, as paragraphs."""
     name, everything, reduced = PAPER[task]
     text = f"AUC on {name}, from the abstract: ALL {everything}, reduced {reduced}."
     drafts = {data: aucs for (of_task, data), aucs in DRAFTS.items() if of_task == task}
