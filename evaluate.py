@@ -17,7 +17,6 @@ are compared, so they must be of the same settings, data and code: give an ablat
 import math
 import re
 import time
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +76,7 @@ def seeds_and_encoders(args):
     Else one an encoder, by the seed of its pre-training where all logs tell it.
     """
     if args.protocol == "finetune" or args.encoder == ["scratch"]:
-        return list(enumerate(islice(cycle(args.encoder), args.seeds)))
+        return [(seed, args.encoder[seed % len(args.encoder)]) for seed in range(args.seeds)]
     seeds = [pretraining(source)["seed"] for source in args.encoder]
     if "" in seeds or len(set(seeds)) < len(seeds):
         seeds = range(len(seeds))
