@@ -13,14 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pydicom
 from PIL import Image
+from pydicom import uid
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.tag import Tag
-from pydicom.uid import (
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    MediaStorageDirectoryStorage,
-    RLELossless,
-)
 
 # No CT slice has more, and a few damaged bytes can ask for all of the memory.
 MAX_PIXELS = 8192 * 8192
@@ -45,9 +40,15 @@ class Unusable(ValueError):
     """A file that cannot become a slice; its message is the reason that skipped.csv lists."""
 
 
+def refuse_if(wrong, why):
+    if wrong:
+        raise Unusable(why)
+
+
 class Header(NamedTuple):
     """What ordering a DICOM slice and bringing it to HU needs, apart from its pixels."""
 
+    file: str
     series: str
     patient: str  # hash of what PATIENT holds, so that no name gets out
     acquisition: tuple[bytes]  # what ACQUISITION holds, empty where missing
@@ -55,8 +56,7 @@ class Header(NamedTuple):
     axes: list[float] | None  # ImageOrientationPatient, six numbers
     position: float | None  # mm along the slice normal
     number: float  # InstanceNumber; infinite where missing
-    rows: int
-    columns: int
+    shape: tuple[int, int]  # rows, columns
     bits: tuple[int, int]  # BitsStored, HighBit
     signed: bool
     slope: float
@@ -65,8 +65,9 @@ class Header(NamedTuple):
     plain: int | None = None  # see plain_pixels
 
 
-def read_header(path):
-    """The Header of a DICOM CT slice, or the reason (str) why the file is not one."""
+def read_header(file, data=""):
+    """The Header of a DICOM CT slice, or the reason (str) why the file, below data, is not one."""
+    path = os.path.join(data, file)
     try:
         check_is_file(path)
         dataset = pydicom.dcmread(path, defer_size=LARGE)
@@ -78,6 +79,7 @@ def read_header(path):
         order = number(dataset, "InstanceNumber", inf)
         placed = position is not None or order < inf
         return Header(
+            file=file,
             series=str(dataset.SeriesInstanceUID),
             patient=hashlib.sha256(repr(raw(dataset, PATIENT)).encode()).hexdigest(),
             acquisition=raw(dataset, ACQUISITION),
@@ -85,8 +87,7 @@ def read_header(path):
             axes=axes,
             position=position,
             number=order,
-            rows=dataset.Rows,
-            columns=dataset.Columns,
+            shape=(dataset.Rows, dataset.Columns),
             bits=bits,
             signed=dataset.PixelRepresentation == 1,
             slope=slope,
@@ -109,64 +110,54 @@ def reason(error):
 
 def check_is_file(path):
     """Raise Unusable for a pipe, whose reader waits for ever, OSError for what has no access."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise Unusable("not a regular file: a folder that cannot be opened, a pipe or a device")
+    other = "not a regular file: a folder that cannot be opened, a pipe or a device"
+    refuse_if(not stat.S_ISREG(os.stat(path).st_mode), other)
 
 
 def check_is_slice(dataset, slope, intercept):
     """Raise Unusable unless the DICOM header is that of one grey CT slice, with a way to HU."""
-    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-        raise Unusable("a DICOMDIR, not an image")
-    if not dataset:  # so pydicom answers where compressed pixels, or another element, have no end
-        raise Unusable("cut short, or damaged, inside of an element")
+    kind = dataset.file_meta.get("MediaStorageSOPClassUID")
+    refuse_if(kind == uid.MediaStorageDirectoryStorage, "a DICOMDIR, not an image")
+    # so pydicom answers where compressed pixels, or another element, have no end
+    refuse_if(not dataset, "cut short, or damaged, inside of an element")
     modality = str(dataset.get("Modality") or "missing")[:16].strip().upper()
     image_type = str(dataset.get("ImageType")).upper()
     frames = dataset.get("NumberOfFrames") or 1
     colour = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")[:16]
     sign = dataset.get("PixelRepresentation")
-    for refused, why in [
-        (modality != "CT", f"Modality is {modality}, not CT"),
-        (not dataset.get("SeriesInstanceUID"), "SeriesInstanceUID is missing"),
-        (any(scout in image_type for scout in SCOUTS), "a localizer, not a slice"),
-        (frames != 1, "a multi-frame image, not a slice: split it into single-frame files"),
-        (colour != "MONOCHROME2", f"PhotometricInterpretation is {colour}, not MONOCHROME2"),
-        (
-            slope is None or slope <= 0 or intercept is None,
-            "RescaleSlope or RescaleIntercept is missing, or gives no HU",
-        ),
-        (
-            sign not in (0, 1),
-            "PixelRepresentation is missing, so the sign of the values is unknown",
-        ),
-    ]:
-        if refused:
-            raise Unusable(why)
+    series = dataset.get("SeriesInstanceUID")
+    no_hu = slope is None or slope <= 0 or intercept is None
+    refuse_if(modality != "CT", f"Modality is {modality}, not CT")
+    refuse_if(not series, "SeriesInstanceUID is missing")
+    refuse_if(any(scout in image_type for scout in SCOUTS), "a localizer, not a slice")
+    refuse_if(frames != 1, "a multi-frame image, not a slice: split it into single-frame files")
+    refuse_if(colour != "MONOCHROME2", f"PhotometricInterpretation is {colour}, not MONOCHROME2")
+    refuse_if(no_hu, "RescaleSlope or RescaleIntercept is missing, or gives no HU")
+    unknown = "PixelRepresentation is missing, so the sign of the values is unknown"
+    refuse_if(sign not in (0, 1), unknown)
 
 
 def check_has_pixels(dataset, file_size):
     """Raise Unusable if the pixels are missing, cut short or too many, or nothing decodes them."""
     rows = dataset.get("Rows") or 0
     columns = dataset.get("Columns") or 0
-    if not 0 < rows * columns <= MAX_PIXELS:
-        raise Unusable(f"{rows} x {columns} pixels: a slice has at least 1 and at most 8192 x 8192")
+    size = rows * columns
+    limits = "a slice has at least 1 and at most 8192 x 8192"
+    refuse_if(not 0 < size <= MAX_PIXELS, f"{rows} x {columns} pixels: {limits}")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if not syntax:
-        raise Unusable("TransferSyntaxUID is missing, so the pixels cannot be decoded")
+    refuse_if(not syntax, "TransferSyntaxUID is missing, so the pixels cannot be decoded")
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:  # so pydicom answers for a syntax that it has no decoders of
         raise Unusable(f"transfer syntax {syntax.name[:64]} is not one of images") from None
-    if not available:
-        plug_in = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
-        raise Unusable(f"{syntax.name} needs pip install pylibjpeg {plug_in}")
-    if "PixelData" not in dataset:
-        raise Unusable("has no pixel data")
+    plug_in = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
+    refuse_if(not available, f"{syntax.name} needs pip install pylibjpeg {plug_in}")
+    refuse_if("PixelData" not in dataset, "has no pixel data")
     pixels = dataset.get_item("PixelData", keep_deferred=True)
     if pixels.length == UNDEFINED_LENGTH or syntax.is_deflated:
         return
     present = (file_size - pixels.value_tell) // (dataset.BitsAllocated // 8)
-    if present < rows * columns:
-        raise Unusable(f"pixel data is cut short: {present} of {rows * columns} values")
+    refuse_if(present < size, f"pixel data is cut short: {present} of {size} values")
 
 
 def value_bits(dataset):
@@ -174,10 +165,10 @@ def value_bits(dataset):
     allocated, stored, high = map(dataset.get, ("BitsAllocated", "BitsStored", "HighBit"))
     high = stored and stored - 1 if high is None else high
     said = f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {high}"
-    if allocated not in (8, 16, 32) or not stored or not 0 < stored <= high + 1 <= allocated:
-        raise Unusable(f"{said}: no layout of pixels")
+    fits = allocated in (8, 16, 32) and stored and 0 < stored <= high + 1 <= allocated
+    refuse_if(not fits, f"{said}: no layout of pixels")
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if high + 1 != stored and syntax and syntax.is_compressed and syntax != RLELossless:
+    if high + 1 != stored and syntax and syntax.is_compressed and syntax != uid.RLELossless:
         raise Unusable(f"{said}: ambiguous in compressed pixels, decompress them first")
     return stored, high
 
@@ -239,8 +230,9 @@ def padding_range(dataset):
 def plain_pixels(dataset):
     """Where uncompressed little-endian 16-bit pixels begin, in bytes; None for any other pixels."""
     pixels = dataset.get_item("PixelData", keep_deferred=True)
+    syntax = dataset.file_meta.TransferSyntaxUID
     plain = (
-        dataset.file_meta.TransferSyntaxUID in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+        syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
         and dataset.get("SamplesPerPixel") == 1
         and dataset.BitsAllocated == 16
         and pixels.length == 2 * dataset.Rows * dataset.Columns
@@ -252,15 +244,14 @@ def read_stored(path, header):
     """Stored values of a DICOM slice with this Header, integers [height, width]."""
     if header.plain:  # as pydicom would read them, but without parsing the header again
         kind = "<i2" if header.signed else "<u2"
-        words = np.fromfile(path, kind, header.rows * header.columns, offset=header.plain)
-        return stored_of(words.reshape(header.rows, header.columns), header)
+        words = np.fromfile(path, kind, np.prod(header.shape), offset=header.plain)
+        return stored_of(words.reshape(header.shape), header)
     dataset = pydicom.dcmread(path)
     dataset.BitsStored = dataset.BitsAllocated  # the bits are cut out here, for all decoders alike
     dataset.HighBit = dataset.BitsAllocated - 1
     # named, since check_is_slice lets it be missing, and pydicom does not
     words = pixel_array(dataset, photometric_interpretation="MONOCHROME2")
-    if words.ndim != 2:
-        raise Unusable(f"pixel data has {words.ndim} dimensions, not 2")
+    refuse_if(words.ndim != 2, f"pixel data has {words.ndim} dimensions, not 2")
     kind = "ui"[header.signed] + str(dataset.BitsAllocated // 8)  # of this machine's byte order
     return stored_of(words.astype(kind), header)
 

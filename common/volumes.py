@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections import Counter
 from decimal import Decimal
+from functools import partial
 from itertools import chain, count, zip_longest
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,8 @@ DIGITS = 2  # of a position in mm, in which two slices must differ
 GAP = 1.5  # times the usual distance of two slices
 OVERLAP = 1.2  # times the whole stretch of z is less than acquisitions of one place add up to
 LONE = 3  # series of one slice, of one patient or in one folder, are hardly one scan each
-# what most slices of a series have in common: key(Header), tolerance, and what it is
-ODD = (
-    (lambda header: header.axes, SAME_AXES, "orientation"),
-    (lambda header: (header.rows, header.columns), 0, "{} x {} pixels,"),
-)
+# what most slices of a series have in common: in Header, tolerance, and what it is
+ODD = (("axes", SAME_AXES, "orientation"), ("shape", 0, "{} x {} pixels,"))
 # in a name: 7, 2.5, but not 1.2.840, and z_-10, but neither PAT-10 nor "slice -10"
 NUMBER = re.compile(r"((?<![^\W_]|\s)-)?((?<!\d\.)\d+\.\d+(?![.\d])|\d+)")
 
@@ -65,48 +63,46 @@ def find_volumes(data, files, map=map):
     notes = {file for file in files if os.path.basename(file).startswith("._")}
     images = [file for file in files if is_image(file) and file not in notes]
     others = [file for file in files if not is_image(file) and file not in notes]
-    headers = map(read_header, [os.path.join(data, file) for file in others])
-    read = [*zip(others, headers, strict=True)]
+    read = [*zip(others, map(partial(read_header, data=data), others), strict=True)]
     skipped = [(file, reason) for file, reason in read if isinstance(reason, str)]
     skipped += [(file, "a macOS side file, no picture") for file in notes]
     volumes, warnings = image_volumes(images)
-    slices = [member for member in read if not isinstance(member[1], str)]
-    series = grouped(slices, lambda _, header: header.series)
+    slices = [header for _, header in read if not isinstance(header, str)]
+    series = grouped(slices, attrgetter("series"))
     for members in series:
         volumes += series_volumes(members, skipped, warnings)
     lone = [members[0] for members in series if len(members) == 1]
-    for alike in grouped(lone, lambda _, header: header.patient) + grouped(lone, parent):
+    for alike in grouped(lone, attrgetter("patient")) + grouped(lone, parent):
         if len(alike) >= LONE:
             text = f"{len(alike)} series of one slice: perhaps one scan, but each is a volume"
             warnings.append(in_folder(alike, f"{text}: give them one SeriesInstanceUID"))
-    with_pictures = set(map(parent, images))
+    with_pictures = set(map(os.path.dirname, images))
     for beside in grouped(slices, parent):
-        if parent(*beside[0]) in with_pictures:
+        if parent(beside[0]) in with_pictures:
             warnings.append(in_folder(beside, "pictures beside DICOM: volumes of their own"))
-    volumes.sort(key=lambda volume: volume.name)
-    taken = set()
-    for i, volume in enumerate(volumes):
+    named = {}
+    for volume in sorted(volumes, key=attrgetter("name")):
         names = chain([volume.name], (f"{volume.name} {n}" for n in count(2)))
-        volumes[i] = volume._replace(name=next(name for name in names if name not in taken))
-        taken.add(volumes[i].name)
-    return volumes, skipped, sorted(set(warnings))
+        name = next(name for name in names if name not in named)
+        named[name] = volume._replace(name=name)
+    return [*named.values()], skipped, sorted(set(warnings))
 
 
 def grouped(members, key):
-    """Lists of the (file, Header)s of equal key(file, Header), in the order of their first ones."""
+    """Lists of the members of equal key(member), in the order of their first ones."""
     groups = {}
     for member in members:
-        groups.setdefault(key(*member), []).append(member)
+        groups.setdefault(key(member), []).append(member)
     return [*groups.values()]
 
 
-def parent(file, _=None):
-    return os.path.dirname(file) or "."
+def parent(header):
+    return os.path.dirname(header.file)
 
 
 def in_folder(members, text):
-    """A warning on a series' (file, Header)s: (SeriesInstanceUID, text with their folder)."""
-    return members[0][1].series, f"in {folder_of(file for file, _ in members)}: {text}"
+    """A warning on a series' Headers: (SeriesInstanceUID, text with their folder)."""
+    return members[0].series, f"in {folder_of(header.file for header in members)}: {text}"
 
 
 def folder_of(files):
@@ -114,29 +110,28 @@ def folder_of(files):
 
 
 def series_volumes(members, skipped, warnings):
-    """The Volumes of a series' (file, Header)s; adds to skipped and to warnings."""
+    """The Volumes of a series' Headers; adds to skipped and to warnings."""
     volumes, texts = [], []
-    named = grouped(members, lambda _, header: header.instance)
+    named = grouped(members, attrgetter("instance"))
     for copies in named:
-        if len({(h.patient, h.position, h.number, h.acquisition) for _, h in copies}) == 1:
-            reason = f"same SOPInstanceUID and place as another: {copies[0][0]}"
-            skipped += [(file, reason) for file, _ in copies[1:]]
+        if len(set(map(attrgetter("patient", "position", "number", "acquisition"), copies))) == 1:
+            reason = f"same SOPInstanceUID and place as another: {copies[0].file}"
+            skipped += [(header.file, reason) for header in copies[1:]]
             del copies[1:]  # but a UID of several places proves no copy
-    members = [member for copies in named for member in copies]
+    members = [header for copies in named for header in copies]
     if len(named) < len(members):
         text = f"{len(members)} slices have {len(named)} different SOPInstanceUIDs"
         texts.append(f"{text}, some in several places: these prove no copies, all are kept")
-    patients = grouped(members, lambda _, header: header.patient)
+    patients = grouped(members, attrgetter("patient"))
     if len(patients) > 1:
-        texts.append(
-            f"PatientID, name, birth date or study differ: {len(patients)} or more volumes"
-        )
+        text = f"{len(patients)} or more volumes"
+        texts.append(f"PatientID, name, birth date or study differ: {text}")
     for of_patient in patients:
-        for key, tolerance, what in ODD:
-            unlike = odd(of_patient, key, tolerance, what)
+        for field, tolerance, what in ODD:
+            unlike = odd(of_patient, field, tolerance, what)
             skipped += unlike.items()
-            of_patient = [member for member in of_patient if member[0] not in unlike]
-        of_patient.sort(key=lambda m: (m[1].number, name_and_numbers(m[0])[1], m[0]))
+            of_patient = [header for header in of_patient if header.file not in unlike]
+        of_patient.sort(key=lambda h: (h.number, name_and_numbers(h.file)[1], h.file))
         parts, told_by = acquisitions(of_patient)
         if len(parts) > 1:
             texts.append(f"{len(parts)} scans of one place, told apart by {told_by}")
@@ -145,34 +140,34 @@ def series_volumes(members, skipped, warnings):
     return volumes
 
 
-def odd(members, key, tolerance, what):
-    """{file: reason} of the (file, Header)s unlike most: outside the largest group of equals.
+def odd(members, field, tolerance, what):
+    """{file: reason} of the Headers unlike most: outside the largest group of equals.
 
-    key(Header): numbers, equal within the tolerance, or None where they are not known.
+    field: of Header, numbers, equal within the tolerance, or None where they are not known.
     """
     groups = {}  # by their first vector
-    for file, header in members:
-        vector = key(header)
+    for header in members:
+        vector = getattr(header, field)
         if vector is not None:
             alike = (first for first in groups if np.ptp([first, vector], 0).max() <= tolerance)
-            groups.setdefault(next(alike, tuple(vector)), []).append((file, vector))
+            groups.setdefault(next(alike, tuple(vector)), []).append((header.file, vector))
     most, *small = sorted(groups.values(), key=len, reverse=True) or [()]
     reason = f"{what} unlike {len(most)} slices of its series"
     return {file: reason.format(*vector) for group in small for file, vector in group}
 
 
 def acquisitions(members):
-    """([(file, Header)s of an acquisition], what tells them apart) of one patient's series.
+    """([Headers of an acquisition], what tells them apart) of one patient's series.
 
     Acquisitions of one place, such as time points, are told apart by the first element of
     ACQUISITION that all have and that does so, else by folder, else as `by_turns` does.
     """
     if not positions_known(members):
         return [members], ""
-    members = sorted(members, key=lambda member: (member[1].number, member[1].acquisition))
+    members = sorted(members, key=attrgetter("number", "acquisition"))
     for i, keyword in enumerate(ACQUISITION):
-        parts = grouped(members, lambda _, header, i=i: header.acquisition[i])
-        if all(header.acquisition[i] for _, header in members) and are_scans(parts, members):
+        parts = grouped(members, lambda header, i=i: header.acquisition[i])
+        if all(header.acquisition[i] for header in members) and are_scans(parts, members):
             return parts, keyword
     turns, folders = by_turns(members), grouped(members, parent)
     if len(turns) == len(folders) and are_scans(folders, members):
@@ -181,14 +176,14 @@ def acquisitions(members):
 
 
 def are_scans(parts, members):
-    """Whether parts of these (file, Header)s overlap along z, each with one slice at a position."""
+    """Whether parts of these Headers overlap along z, each with one slice at a position."""
     overlap = sum(map(extent, parts)) > OVERLAP * extent(members)
     return overlap and all(len(part) > 1 and len(by_turns(part)) == 1 for part in parts)
 
 
 def extent(members):
     """mm along z; None where positions are missing."""
-    places = [header.position for _, header in members]
+    places = [header.position for header in members]
     return None if None in places else np.ptp(np.round(places, DIGITS))
 
 
@@ -197,31 +192,30 @@ def positions_known(members):
 
 
 def by_turns(members):
-    """Lists of the first (file, Header) at each position, of the second ones ..."""
-    places = grouped(members, lambda _, header: round(header.position, DIGITS))
-    return [[member for member in turn if member] for turn in zip_longest(*places)]
+    """Lists of the first Header at each position, of the second ones ..."""
+    places = grouped(members, lambda header: round(header.position, DIGITS))
+    return [[header for header in turn if header] for turn in zip_longest(*places)]
 
 
 def in_z_order(members, texts):
-    """The Volume of an acquisition's (file, Header)s, sorted by number and name; adds to texts."""
+    """The Volume of an acquisition's Headers, sorted by number and name; adds to texts."""
     size = len(members)
     if positions_known(members):
-        members = sorted(members, key=lambda member: member[1].position)
-        texts += gaps([header.position for _, header in members])
-        positions = [f"{header.position:.4f}" for _, header in members]
+        members = sorted(members, key=attrgetter("position"))
+        texts += gaps([header.position for header in members])
+        positions = [f"{header.position:.4f}" for header in members]
     else:
-        missing = sum(header.position is None for _, header in members)
+        missing = sum(header.position is None for header in members)
         text = f"{missing} of {size} positions missing" if missing else "all positions are the same"
         texts.append(f"{text}: ordered by InstanceNumber, then by name")
         positions = [""] * size
-    different = len({header.number for _, header in members})
-    steps = np.diff([header.number for _, header in members if header.number < inf])
+    different = len({header.number for header in members})
+    steps = np.diff([header.number for header in members if header.number < inf])
     repeats = 1 < different < size
     if repeats or steps.min(initial=0) < 0 < steps.max(initial=0):
         text = f"repeats, {different} on {size} slices" if repeats else "rises and falls along z"
         texts.append(f"InstanceNumber {text}: perhaps they are several scans")
-    files, headers = zip(*members, strict=True)
-    return Volume(headers[0].series, list(files), positions, list(headers))
+    return Volume(members[0].series, [header.file for header in members], positions, members)
 
 
 def gaps(positions):
@@ -239,47 +233,47 @@ def image_volumes(files):
     A folder is a volume; where most of its names, less their last number, are those of several
     files, each is one, as in the official code's flat layout, `<volume>_<number>`.
     """
-    folders, volumes, ordered, warnings = {}, {}, [], []
-    for file in files:
-        folders.setdefault(parent(file), []).append(file)
-    for folder, members in folders.items():
-        names = [os.path.normpath(f"{folder}/{name_and_numbers(file)[0]}") for file in members]
-        sizes = Counter(names)
-        single = [*sizes.values()].count(1)
+    volumes, warnings = [], []
+    for members in grouped(files, os.path.dirname):
+        folder = os.path.dirname(members[0]) or "."
+        named = grouped(members, lambda file: name_and_numbers(file)[0])
+        single = sum(len(alike) == 1 for alike in named)
         official = all(re.fullmatch(r".+_\d+\.\w+", os.path.basename(file)) for file in members)
-        by_name = single < len(members) / 2 if len(sizes) > 1 else official and folder == "."
-        doubtful = by_name != official or (not by_name and len(sizes) - single > 1)
-        if doubtful and len(sizes) > 1:
-            what = f"{len(sizes)} volumes" if by_name else f"1 volume, not {len(sizes)}"
-            text = f"{what} by file name ({', '.join([*sizes][:3])} ...), {single} of one file"
-            warnings.append((folder, f"in {folder_of(members)}: {text}: right?"))
-        for file, name in zip(members, names, strict=True):
-            volumes.setdefault((folder, name if by_name else folder), []).append(file)
-    for (_, name), members in volumes.items():
-        in_order, numbers, text = in_number_order(members)
-        ordered.append(Volume(name, in_order, numbers, [None] * len(members)))
-        warnings += [(name, text)] if text else []
-    return ordered, warnings
+        by_name = single < len(members) / 2 if len(named) > 1 else official and folder == "."
+        doubtful = by_name != official or (not by_name and len(named) - single > 1)
+        if doubtful and len(named) > 1:
+            what = f"{len(named)} volumes" if by_name else f"1 volume, not {len(named)}"
+            names = ", ".join(name_and_numbers(alike[0])[0] for alike in named[:3])
+            text = f"{what} by file name ({names} ...), {single} of one file: right?"
+            warnings.append((folder, f"in {folder_of(members)}: {text}"))
+        for part in named if by_name else [members]:
+            name = name_and_numbers(part[0])[0] if by_name else folder
+            volumes.append(in_number_order(name, part, warnings))
+    return volumes, warnings
 
 
 def name_and_numbers(file):
-    """pat1_slice007.png -> (pat1_slice, [1, 7]), PAT_120_85_CT.png -> (PAT_120_CT, [120, 85])."""
-    stem = re.sub(r"\.[A-Za-z]\w*$", "", os.path.basename(file))
+    """v/pat1_007.png -> (v/pat1, [1, 7]), PAT_120_85_CT.png -> (PAT_120_CT, [120, 85])."""
+    folder, name = os.path.split(file)
+    stem = re.sub(r"\.[A-Za-z]\w*$", "", name)
     found = [*NUMBER.finditer(stem)]
     start, end = found[-1].span() if found else (len(stem), len(stem))
-    return stem[:start].rstrip("-_ .") + stem[end:], [Decimal(match.group()) for match in found]
+    name = stem[:start].rstrip("-_ .") + stem[end:]
+    return os.path.normpath(os.path.join(folder, name)), [Decimal(match.group()) for match in found]
 
 
-def in_number_order(files):
-    """(files by last number, or by all where not all differ; the last ones as text; a warning)."""
-    found = {file: name_and_numbers(file)[1] for file in files}
-    by_all = sorted(files, key=lambda file: (not found[file], found[file], file))
-    lasts = {file: found[file][-1:] for file in by_all}
+def in_number_order(name, files, warnings):
+    """The Volume of images by their last number, or by all where not all differ; adds warnings."""
+    numbers = {file: name_and_numbers(file)[1] for file in files}
+    lasts = {file: found[-1:] for file, found in numbers.items()}
+    by_all = sorted(files, key=lambda file: (not numbers[file], numbers[file], file))
+    in_order = sorted(by_all, key=lasts.get)
     different = len({last for [last] in filter(None, lasts.values())})
-    in_order, text = sorted(by_all, key=lasts.get), ""
     if different < len(files) > 1:
         in_order = by_all
         text = f"{different} last number(s) in {len(files)} names: ordered by all, then by name"
+        warnings.append((name, text))
     elif in_order != by_all:
-        text = "of several numbers in the names, the last one orders them"
-    return in_order, ["".join(map(str, lasts[file])) for file in in_order], text
+        warnings.append((name, "of several numbers in the names, the last one orders them"))
+    positions = ["".join(map(str, lasts[file])) for file in in_order]
+    return Volume(name, in_order, positions, [None] * len(files))
