@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.dicom import Unusable, check_is_file, read_header, read_stored, reason
+from common.dicom import Unusable, check_is_file, read_header, read_stored, reason, refuse_if
 
 AIR_HU = -1024.0, -1000.0  # what padding outside the field of view becomes lies between these
 PAINTED_PADDING = -2000  # the scanner's fill value outside the field of view (official code)
@@ -17,12 +17,10 @@ def read_slice(path, window=None, header=None):
     """
     try:
         if is_image(path):
-            if window is not None:
-                raise Unusable("--window needs HU, which a PNG or JPEG does not hold")
+            refuse_if(window is not None, "--window needs HU, which a PNG or JPEG does not hold")
             return scale_to_uint8(read_image(path))
         header = header or read_header(path)
-        if isinstance(header, str):
-            raise Unusable(header)
+        refuse_if(isinstance(header, str), header)
         return stored_to_uint8(read_stored(path, header), header, window)
     except Exception as error:  # whatever a damaged file raises
         message = " ".join(str(error).split())
@@ -102,8 +100,8 @@ def scale_to_uint8(values, window=None):
     """
     values = values.astype(np.float64)
     low, high = values.min(), values.max()
-    if not np.isfinite([low, high]).all():  # a NaN anywhere makes both NaN
-        raise Unusable("holds values that are not finite")
+    # a NaN anywhere makes both NaN
+    refuse_if(not np.isfinite([low, high]).all(), "holds values that are not finite")
     if window is not None:
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
         values = np.clip(values, low, high)

@@ -1,7 +1,4 @@
-"""One DICOM CT slice: what its header says, what is wrong with it, and its stored values.
-
-Knows nothing of volumes, HU images or strategies.
-"""
+"""One DICOM CT slice: what its header says, what is wrong with it, and its stored values."""
 
 import hashlib
 import os
@@ -62,7 +59,7 @@ class Header(NamedTuple):
     slope: float
     intercept: float  # HU
     padding: tuple[int, int] | None  # stored values, both included
-    plain: int | None = None  # see plain_pixels
+    plain: int | None = None  # see find_pixels
 
 
 def read_header(file, data=""):
@@ -74,7 +71,7 @@ def read_header(file, data=""):
         slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
         check_is_slice(dataset, slope, intercept)
         bits = value_bits(dataset)
-        check_has_pixels(dataset, os.path.getsize(path))
+        plain = find_pixels(dataset, os.path.getsize(path))
         axes, position = geometry(dataset)
         order = number(dataset, "InstanceNumber", inf)
         placed = position is not None or order < inf
@@ -93,7 +90,7 @@ def read_header(file, data=""):
             slope=slope,
             intercept=intercept,
             padding=padding_range(dataset),
-            plain=plain_pixels(dataset),
+            plain=plain,
         )
     except pydicom.errors.InvalidDicomError:
         return "not a DICOM file (the mark DICM is missing), and not named .png, .jpg or .jpeg"
@@ -137,8 +134,11 @@ def check_is_slice(dataset, slope, intercept):
     refuse_if(sign not in (0, 1), unknown)
 
 
-def check_has_pixels(dataset, file_size):
-    """Raise Unusable if the pixels are missing, cut short or too many, or nothing decodes them."""
+def find_pixels(dataset, file_size):
+    """Where uncompressed little-endian 16-bit pixels begin, in bytes; None for any other pixels.
+
+    Raises Unusable if they are missing, cut short or too many, or if nothing decodes them.
+    """
     rows = dataset.get("Rows") or 0
     columns = dataset.get("Columns") or 0
     size = rows * columns
@@ -154,10 +154,16 @@ def check_has_pixels(dataset, file_size):
     refuse_if(not available, f"{syntax.name} needs pip install pylibjpeg {plug_in}")
     refuse_if("PixelData" not in dataset, "has no pixel data")
     pixels = dataset.get_item("PixelData", keep_deferred=True)
-    if pixels.length == UNDEFINED_LENGTH or syntax.is_deflated:
-        return
-    present = (file_size - pixels.value_tell) // (dataset.BitsAllocated // 8)
-    refuse_if(present < size, f"pixel data is cut short: {present} of {size} values")
+    if pixels.length != UNDEFINED_LENGTH and not syntax.is_deflated:
+        present = (file_size - pixels.value_tell) // (dataset.BitsAllocated // 8)
+        refuse_if(present < size, f"pixel data is cut short: {present} of {size} values")
+    plain = (
+        syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
+        and dataset.get("SamplesPerPixel") == 1
+        and dataset.BitsAllocated == 16
+        and pixels.length == 2 * size
+    )
+    return pixels.value_tell if plain else None
 
 
 def value_bits(dataset):
@@ -225,19 +231,6 @@ def padding_range(dataset):
     lowest = -words // 2 if dataset.PixelRepresentation == 1 else 0
     limits = [int(limit - lowest) % words + lowest for limit in limits]
     return min(limits), max(limits)
-
-
-def plain_pixels(dataset):
-    """Where uncompressed little-endian 16-bit pixels begin, in bytes; None for any other pixels."""
-    pixels = dataset.get_item("PixelData", keep_deferred=True)
-    syntax = dataset.file_meta.TransferSyntaxUID
-    plain = (
-        syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian)
-        and dataset.get("SamplesPerPixel") == 1
-        and dataset.BitsAllocated == 16
-        and pixels.length == 2 * dataset.Rows * dataset.Columns
-    )
-    return pixels.value_tell if plain else None
 
 
 def read_stored(path, header):
