@@ -68,17 +68,17 @@ def find_volumes(data, files, map=map):
     skipped += [(file, "a macOS side file, no picture") for file in notes]
     volumes, warnings = image_volumes(images)
     slices = [header for _, header in read if not isinstance(header, str)]
-    series = grouped(slices, attrgetter("series"))
+    series = grouped(slices, attrgetter("series")).values()
     for members in series:
         volumes += series_volumes(members, skipped, warnings)
     lone = [members[0] for members in series if len(members) == 1]
-    for alike in grouped(lone, attrgetter("patient")) + grouped(lone, parent):
+    for alike in [*grouped(lone, attrgetter("patient")).values(), *grouped(lone, parent).values()]:
         if len(alike) >= LONE:
             text = f"{len(alike)} series of one slice: perhaps one scan, but each is a volume"
             warnings.append(in_folder(alike, f"{text}: give them one SeriesInstanceUID"))
     with_pictures = set(map(os.path.dirname, images))
-    for beside in grouped(slices, parent):
-        if parent(beside[0]) in with_pictures:
+    for folder, beside in grouped(slices, parent).items():
+        if folder in with_pictures:
             warnings.append(in_folder(beside, "pictures beside DICOM: volumes of their own"))
     named = {}
     for volume in sorted(volumes, key=attrgetter("name")):
@@ -89,11 +89,11 @@ def find_volumes(data, files, map=map):
 
 
 def grouped(members, key):
-    """Lists of the members of equal key(member), in the order of their first ones."""
+    """{key(member): [members]}, in the order of their first ones."""
     groups = {}
     for member in members:
         groups.setdefault(key(member), []).append(member)
-    return [*groups.values()]
+    return groups
 
 
 def parent(header):
@@ -112,7 +112,7 @@ def folder_of(files):
 def series_volumes(members, skipped, warnings):
     """The Volumes of a series' Headers; adds to skipped and to warnings."""
     volumes, texts = [], []
-    named = grouped(members, attrgetter("instance"))
+    named = grouped(members, attrgetter("instance")).values()
     for copies in named:
         if len(set(map(attrgetter("patient", "position", "number", "acquisition"), copies))) == 1:
             reason = f"same SOPInstanceUID and place as another: {copies[0].file}"
@@ -122,7 +122,7 @@ def series_volumes(members, skipped, warnings):
     if len(named) < len(members):
         text = f"{len(members)} slices have {len(named)} different SOPInstanceUIDs"
         texts.append(f"{text}, some in several places: these prove no copies, all are kept")
-    patients = grouped(members, attrgetter("patient"))
+    patients = grouped(members, attrgetter("patient")).values()
     if len(patients) > 1:
         text = f"{len(patients)} or more volumes"
         texts.append(f"PatientID, name, birth date or study differ: {text}")
@@ -141,10 +141,7 @@ def series_volumes(members, skipped, warnings):
 
 
 def odd(members, field, tolerance, what):
-    """{file: reason} of the Headers unlike most: outside the largest group of equals.
-
-    field: of Header, numbers, equal within the tolerance, or None where they are not known.
-    """
+    """{file: reason} of the Headers unlike most: field known, and not in the largest group."""
     groups = {}  # by their first vector
     for header in members:
         vector = getattr(header, field)
@@ -166,10 +163,10 @@ def acquisitions(members):
         return [members], ""
     members = sorted(members, key=attrgetter("number", "acquisition"))
     for i, keyword in enumerate(ACQUISITION):
-        parts = grouped(members, lambda header, i=i: header.acquisition[i])
+        parts = grouped(members, lambda header, i=i: header.acquisition[i]).values()
         if all(header.acquisition[i] for header in members) and are_scans(parts, members):
             return parts, keyword
-    turns, folders = by_turns(members), grouped(members, parent)
+    turns, folders = by_turns(members), grouped(members, parent).values()
     if len(turns) == len(folders) and are_scans(folders, members):
         return folders, "folder"
     return turns, "the order of InstanceNumber, acquisition and name alone: a guess, look"
@@ -194,7 +191,7 @@ def positions_known(members):
 def by_turns(members):
     """Lists of the first Header at each position, of the second ones ..."""
     places = grouped(members, lambda header: round(header.position, DIGITS))
-    return [[header for header in turn if header] for turn in zip_longest(*places)]
+    return [[header for header in turn if header] for turn in zip_longest(*places.values())]
 
 
 def in_z_order(members, texts):
@@ -234,21 +231,18 @@ def image_volumes(files):
     files, each is one, as in the official code's flat layout, `<volume>_<number>`.
     """
     volumes, warnings = [], []
-    for members in grouped(files, os.path.dirname):
-        folder = os.path.dirname(members[0]) or "."
+    for folder, members in grouped(files, lambda file: os.path.dirname(file) or ".").items():
         named = grouped(members, lambda file: name_and_numbers(file)[0])
-        single = sum(len(alike) == 1 for alike in named)
+        single = sum(len(alike) == 1 for alike in named.values())
         official = all(re.fullmatch(r".+_\d+\.\w+", os.path.basename(file)) for file in members)
         by_name = single < len(members) / 2 if len(named) > 1 else official and folder == "."
         doubtful = by_name != official or (not by_name and len(named) - single > 1)
         if doubtful and len(named) > 1:
             what = f"{len(named)} volumes" if by_name else f"1 volume, not {len(named)}"
-            names = ", ".join(name_and_numbers(alike[0])[0] for alike in named[:3])
-            text = f"{what} by file name ({names} ...), {single} of one file: right?"
-            warnings.append((folder, f"in {folder_of(members)}: {text}"))
-        for part in named if by_name else [members]:
-            name = name_and_numbers(part[0])[0] if by_name else folder
-            volumes.append(in_number_order(name, part, warnings))
+            text = f"{what} by file name ({', '.join([*named][:3])} ...), {single} of one file"
+            warnings.append((folder, f"in {folder_of(members)}: {text}: right?"))
+        parts = named if by_name else {folder: members}
+        volumes += [in_number_order(name, part, warnings) for name, part in parts.items()]
     return volumes, warnings
 
 
