@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from common import ct
 from common.files import atomic_write, code, fail, read_json, refuse_other
@@ -86,8 +85,8 @@ def build_store(data, out, files, settings, workers):
     """Decode every slice of the files, relative to data, in parallel and in order, into a store."""
     made = {"settings": settings, "code": code(*NOT_IN_STORE)}
     size = settings["size"]
-    read_all = partial(in_parallel, unit="header", workers=workers)
-    volumes, skipped, warnings = find_volumes(data, files, read_all)
+    in_parallel = partial(in_order, workers=workers, batch=A_JOB)
+    volumes, skipped, warnings = find_volumes(data, files, partial(in_parallel, unit="header"))
     jobs = [
         (volume.name, position, file, header)
         for volume in volumes
@@ -97,7 +96,7 @@ def build_store(data, out, files, settings, workers):
     lines, masks = [], {volume.name: folder_of(volume.files) for volume in volumes}
     with atomic_write(out / "slices.npy") as array:
         write_npy_header(array, len(jobs), size)
-        results = in_parallel(work, jobs, "slice", workers)
+        results = in_parallel(work, jobs, unit="slice")
         for (name, position, file, _), result in zip(jobs, results, strict=True):
             if isinstance(result, ct.Unusable):
                 skipped.append((file, str(result)))
@@ -120,12 +119,6 @@ def build_store(data, out, files, settings, workers):
     write_csv(out / "skipped.csv", [("file", "reason"), *sorted(skipped)])
     with atomic_write(out / "store.json", text=True) as file:
         json.dump(made | {"warnings": sorted(warnings)}, file, indent=1)
-
-
-def in_parallel(work, items, unit, workers):
-    """Iterate over work(item) of every item, in order, with a progress bar."""
-    results = in_order(work, items, workers, A_JOB)
-    return tqdm(results, f"{unit}s", len(items), unit=unit, disable=not items)
 
 
 def decode(job, data, size, window):
