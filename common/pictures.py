@@ -9,7 +9,6 @@ from common.store import read_lines
 
 TILE, COLUMNS, MAX_VOLUMES = 112, 10, 8  # pixels a slice, slices a volume, volumes a sheet
 TITLE, LABEL, GAP = 22, 16, 14  # heights in pixels
-WIDTH = COLUMNS * TILE
 
 
 def contact_sheet(name, store, representative):
@@ -17,15 +16,13 @@ def contact_sheet(name, store, representative):
     files = [line["file"] for line in read_lines(store.path.with_suffix(".csv"))]
     volumes = spread_over(np.arange(len(store.volumes)), MAX_VOLUMES)
     height = TITLE + TILE + LABEL + GAP
-    sheet = Image.new("RGB", (GAP + WIDTH + GAP, TITLE + GAP + len(volumes) * height), "black")
+    sides = GAP + COLUMNS * TILE + GAP, TITLE + GAP + len(volumes) * height
+    sheet = Image.new("RGB", sides, "black")
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(13)
-    kept = len(np.unique(representative))
-    heading = (
-        f"{name}: {kept} of {len(representative)} slices kept, "
-        f"{len(volumes)} of {len(store.volumes)} volumes shown;  xN: stands for N slices"
-    )
-    draw.text((GAP, GAP // 2), heading, "white")
+    kept = f"{len(np.unique(representative))} of {len(representative)} slices kept"
+    shown = f"{len(volumes)} of {len(store.volumes)} volumes shown"
+    draw.text((GAP, GAP // 2), f"{name}: {kept}, {shown};  xN: stands for N slices", "white")
     for i, volume in enumerate(volumes):
         place, slices = store.names[volume], store.volumes[volume]
         file = files[slices[0]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, generate_uid
 
 from common.files import Flags, digest, read_json, refuse_other, run_script
 
@@ -80,8 +80,6 @@ def write_cohort(folder, patients=8, slices=60, size=128, seed=0):
 def write_slice(path, stored, series, number, z):
     """A DICOM file of int16 or of uint16 below 4096; series and number decide its UIDs."""
     dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SOPClassUID = CTImageStorage
     dataset.SOPInstanceUID = generate_uid(entropy_srcs=[series, str(number)])
     dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[series])
