@@ -25,7 +25,6 @@ from common.volumes import find_volumes, folder_of, list_files
 from common.workers import in_order
 
 NOT_IN_STORE = ("reduce.py", "common/reduction.py", "common/similarity.py")  # they select
-COLUMNS = ["row", "volume", "position", "file", "dhash"]
 A_JOB = 32  # headers or slices, handed to a worker process at once
 FEW = 4  # grey values: CT has more in every slice, a mask or a label map does not
 SHOWN = 10  # kinds of skipped files, and warnings, on screen
@@ -115,7 +114,7 @@ def build_store(data, out, files, settings, workers):
     warnings += [
         (name, f"in {masks[name]}: {text}") for name in {line[1] for line in lines} & {*masks}
     ]
-    write_csv(out / "slices.csv", [COLUMNS, *lines])
+    write_csv(out / "slices.csv", [("row", "volume", "position", "file", "dhash"), *lines])
     write_csv(out / "skipped.csv", [("file", "reason"), *sorted(skipped)])
     with atomic_write(out / "store.json", text=True) as file:
         json.dump(made | {"warnings": sorted(warnings)}, file, indent=1)
@@ -174,7 +173,6 @@ def report(store):
 
 def read_store(out, settings=None):
     """The Store in out; one line if it is damaged, or was made otherwise (settings: if given)."""
-    out = Path(out)
     made = read_json(out / "store.json")
     refuse_other(out, made, settings or made.get("settings", {}), REMEDY)
     try:
@@ -193,8 +191,7 @@ def read_store(out, settings=None):
 def store_digest(out):
     """8 hex digits that tell stores apart: the slices and their hashes, size, window and code."""
     made = read_json(out / "store.json")
-    settings = made["settings"]
-    identity = [settings["size"], settings["window"], made["code"]]
+    identity = [made["settings"]["size"], made["settings"]["window"], made["code"]]
     slices = (out / "slices.csv").read_bytes()
     return hashlib.sha256(json.dumps(identity).encode() + slices).hexdigest()[:8]
 

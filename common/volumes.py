@@ -258,16 +258,15 @@ def name_and_numbers(file):
 
 def in_number_order(name, files, warnings):
     """The Volume of images by their last number, or by all where not all differ; adds warnings."""
-    numbers = {file: name_and_numbers(file)[1] for file in files}
-    lasts = {file: found[-1:] for file, found in numbers.items()}
-    by_all = sorted(files, key=lambda file: (not numbers[file], numbers[file], file))
-    in_order = sorted(by_all, key=lasts.get)
-    different = len({last for [last] in filter(None, lasts.values())})
+    found = [(name_and_numbers(file)[1], file) for file in files]
+    by_all = sorted(found, key=lambda pair: (not pair[0], pair))
+    in_order = sorted(by_all, key=lambda pair: pair[0][-1:])
+    different = len({numbers[-1] for numbers, _ in found if numbers})
     if different < len(files) > 1:
         in_order = by_all
         text = f"{different} last number(s) in {len(files)} names: ordered by all, then by name"
         warnings.append((name, text))
     elif in_order != by_all:
         warnings.append((name, "of several numbers in the names, the last one orders them"))
-    positions = ["".join(map(str, lasts[file])) for file in in_order]
-    return Volume(name, in_order, positions, [None] * len(files))
+    positions = [str(numbers[-1]) if numbers else "" for numbers, _ in in_order]
+    return Volume(name, [file for _, file in in_order], positions, [None] * len(files))
