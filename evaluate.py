@@ -59,7 +59,9 @@ def main():
         lines = {share: line_of(args, task, seed, source, share) for share in args.label_share}
         lines = {share: line for share, line in lines.items() if not is_done(args.results, line)}
         if lines and args.protocol == "linear":
-            features = frozen_features(args, task, seed, source)
+            features = encoder.features(
+                source, args.arch, seed, task.images, args.device, args.name
+            )
         for share, line in lines.items():
             started = time.perf_counter()
             if args.protocol == "finetune":
@@ -175,14 +177,6 @@ def measure(labels, probabilities, folds=1):
 
 
 # --- The linear probe, on frozen features.
-
-
-def frozen_features(args, task, seed, source):
-    """The features of a task's images, float32 [N, width]."""
-    features = encoder.features(source, args.arch, seed, task.images, args.device, args.name)
-    if not np.isfinite(features).all():
-        fail(f"{source}: gives features that are not finite: its pre-training went wrong")
-    return features
 
 
 def probe(features, task, folds, share, draws):

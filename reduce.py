@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from common import files, reduction
 from common.files import Flags, atomic_write, exclusive, fail, number, run_script
@@ -289,10 +288,9 @@ def select_each(args, volumes, jobs):
     What looks at pixels runs in worker processes.
     """
     slow = STRATEGIES[args.strategy].looks_at == "pixels"
-    results = in_order(call, jobs, args.workers) if slow else map(call, jobs)
+    results = in_order(call, jobs, "volume", args.workers) if slow else map(call, jobs)
     with threadpool_limits(1):  # so that the number of cores changes no result
-        results = list(tqdm(results, args.strategy, len(jobs), unit="volume", disable=not slow))
-    representative, similarity = zip(*results, strict=True)
+        representative, similarity = zip(*results, strict=True)
     in_store = [volume[index] for volume, index in zip(volumes, representative, strict=True)]
     return np.concatenate(in_store), np.concatenate(similarity)
 

@@ -1,5 +1,7 @@
 """One CT slice as an 8-bit picture: DICOM, PNG or JPEG to grey values, HU, 0..255."""
 
+import re
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -23,7 +25,7 @@ def read_slice(path, window=None, header=None):
         refuse_if(isinstance(header, str), header)
         return stored_to_uint8(read_stored(path, header), header, window)
     except Exception as error:  # whatever a damaged file raises
-        message = " ".join(str(error).split())
+        message = re.sub(" at 0x[0-9a-f]+", "", " ".join(str(error).split()))  # no two runs alike
         raise Unusable(reason(error) or f"pixels cannot be decoded: {message}") from error
 
 

@@ -169,7 +169,8 @@ def features(source, arch, seed, images, device, label):
     """The features of images, uint8 [N, size, size] -> float32 [N, width]: means of the last stage.
 
     source, arch, seed: see load_encoder. On a CPU each batch has one thread, and as many batches
-    run at once as there are threads: the same bytes on any number of cores.
+    run at once as there are threads: the same bytes on any number of cores. Stops with one line at
+    features that are not finite.
     """
     network = load_encoder(source, arch, seed).eval()
     network.to(device, memory_format=torch.channels_last)
@@ -189,7 +190,10 @@ def features(source, arch, seed, images, device, label):
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         batches = list(tqdm(pool.map(forward, starts), label, len(starts), unit="batch"))
     torch.set_num_threads(threads)
-    return np.concatenate(batches)
+    found = np.concatenate(batches)
+    if not np.isfinite(found).all():
+        fail(f"{source}: gives features that are not finite: its pre-training went wrong")
+    return found
 
 
 def embed(source, slices):

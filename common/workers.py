@@ -16,17 +16,17 @@ from tqdm import tqdm
 from common.files import fail
 
 
-def in_order(work, jobs, workers=None, batch=1, unit=None):
+def in_order(work, jobs, unit, workers=None, batch=1):
     """Yield work(job) of every job, in order, from `workers` processes of one thread each.
 
-    workers: None: one a core. batch: jobs handed over at once. unit: what the progress bar counts.
+    unit: what the progress bar counts. workers: None: one a core. batch: jobs handed over at once.
     Stops with one line if a process is killed. (joblib's start half a second later, and outlive a
     killed main process by minutes.)
     """
     with ProcessPoolExecutor(workers or cpu_count(), initializer=start_worker) as pool:
         try:
             results = pool.map(work, jobs, chunksize=batch)
-            yield from tqdm(results, f"{unit}s", len(jobs), unit=unit, disable=not (unit and jobs))
+            yield from tqdm(results, f"{unit}s", len(jobs), unit=unit, disable=not jobs)
         except BrokenProcessPool:
             fail("a worker process was killed, perhaps for want of memory: try --workers 1")
 

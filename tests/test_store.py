@@ -166,10 +166,10 @@ def test_near_duplicates_are_those_of_a_slow_loop(monkeypatch):
 
 def test_results_come_in_order():
     for batch in (1, 32):
-        results = workers.in_order(abs, range(-100, 0), 3, batch)
+        results = workers.in_order(abs, range(-100, 0), "job", 3, batch)
         assert list(results) == list(range(100, 0, -1))
 
 
 def test_a_killed_worker_gives_one_line():
     with pytest.raises(SystemExit, match="a worker process was killed"):
-        list(workers.in_order(signal.raise_signal, [signal.SIGKILL], 2))
+        list(workers.in_order(signal.raise_signal, [signal.SIGKILL], "job", 2))
