@@ -97,6 +97,17 @@ def store(cohort):
 
 
 @pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A folder with the toy tasks, of fewer patients: 90, 30 and 60 images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        parts = {"train": range(6), "val": range(6, 8), "test": range(8, 12)}
+        patch.setattr(toy, "PATIENTS", parts)
+        toy.write_tasks(folder, size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     """An encoder.pt with random weights."""
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"

@@ -20,7 +20,7 @@ COMMANDS = {
     "reduce": "reduce.py {1}/ct {1}/store --strategy hash --size 32",
     "pretrain": "pretrain.py {1}/store/hash-6.csv {0}/run --batch-size 4 --steps 1 "
     f"--optimizer adamw {NETWORK}",
-    "evaluate": "evaluate.py toy-organ {0} --encoder scratch --seeds 1 --protocol linear "
+    "evaluate": "evaluate.py toy-organ {2} --encoder scratch --seeds 1 --protocol linear "
     f"--results {{0}}/results.csv {NETWORK}",
 }
 

@@ -108,12 +108,6 @@ def test_what_lies_beside_the_weights_is_passed_over_and_nothing_runs(tmp_path, 
     assert canary.exists()  # as it would where nothing guards
 
 
-def test_random_weights_are_torchvisions_for_the_seed(network):
-    torch.manual_seed(3)
-    expected = torchvision.models.resnet18().conv1.weight
-    assert torch.equal(network.conv1.weight, expected)
-
-
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
 def test_features_are_those_of_one_image_after_another(tmp_path, monkeypatch, arch, width):
     """By the architecture of the file; the same bytes on any number of threads; input -1 to 1."""

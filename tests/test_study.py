@@ -15,7 +15,7 @@ from common import auc, files, toy
 from common.tables import COLUMNS, ONE_TABLE, Table, identity, p_text, read_results, tables
 from results.study import analysis as study
 from results.study import make
-from results.study.analysis import EQUIVALENCE, OUTCOMES, RUNS, SECONDARY, SPLIT
+from results.study.analysis import EQUIVALENCE, OUTCOMES, RUNS
 
 STUDY = ROOT / "results" / "study"
 MEANS = {"scratch": 0.86, "ALL-c32": 0.88, "ALL-c32-masked": 0.885, "Random-matched": 0.9}
@@ -130,13 +130,10 @@ def cells_of(table):
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
 
-def weights_of(difference):
-    return dict(zip(re.split(" [+-] ", difference), (1, -1, -1, 1), strict=False))
-
-
 def estimated(aucs, weights):
     """The t distribution of a difference, or of {row: weight}, by the variance of all rows."""
-    weights = weights_of(weights) if isinstance(weights, str) else weights
+    if isinstance(weights, str):
+        weights = dict(zip(weights.split(" - "), (1, -1), strict=True))
     freedom = sum(len(runs) - 1 for runs in aucs.values())
     variance = sum(((runs - runs.mean()) ** 2).sum() for runs in aucs.values()) / freedom
     error = (variance * sum(w**2 / len(aucs[row]) for row, w in weights.items())) ** 0.5
@@ -224,18 +221,6 @@ def test_without_a_gain_nothing_is_equivalent(scratch):
     assert gain.ppf(0.025) < 0 and (gain.mean() > 0) == (scratch < 0.96)
     [text] = study.equivalence(table_of(aucs))
     assert "**not claimed**: pre-training may gain nothing here" in text
-
-
-def test_split_and_secondary_differences():
-    aucs = made_up(ALL_masked=0.93, Clusters_6=0.9)
-    expected = []
-    for label, difference in SPLIT + SECONDARY:
-        runs = ", ".join(str(RUNS[row]) for row in weights_of(difference))
-        expected.append([label, difference, runs, shown(aucs, difference)])
-    found = cells_of(study.differences_table("part", table_of(aucs), SPLIT + SECONDARY))
-    assert found == expected
-    *parts, together = [float(line[-1].split()[0]) for line in found[: len(SPLIT)]]
-    assert sum(parts) == pytest.approx(together, abs=2e-4)  # as printed
 
 
 def test_the_error_of_the_label_draws_is_that_of_differences_by_draw():
