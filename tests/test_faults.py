@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import toy
-
 KILLS = int(os.environ.get("KILLS", 0))
 SCRIPTS = ["reduce.py", "pretrain.py", "evaluate.py"] if KILLS else ["reduce.py"]  # quick to start
 # what differs between equal runs
@@ -31,14 +29,12 @@ SAVE_AFTER_EVERY_STEP = (
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory, cohort):
+def commands(cohort, tasks):
     """{script: function of the output folder that gives its command}."""
-    data = tmp_path_factory.mktemp("faults")
-    toy.write_tasks(data, size=32)
     small = ["--arch", "resnet18", "--size", 32, "--epochs"]
     pretrain = ["-c", SAVE_AFTER_EVERY_STEP, cohort / "store" / "hash-6.csv"]
     training = [*small, 6, "--optimizer", "adamw", "--batch-size", 8]
-    evaluate = ["evaluate.py", "toy-organ", data, "--encoder", "scratch", "--seeds", 3]
+    evaluate = ["evaluate.py", "toy-organ", tasks, "--encoder", "scratch", "--seeds", 3]
     ssim = ["--strategy", "ssim", "--keep", 0.2]
     return {
         "reduce.py": lambda out: ["reduce.py", cohort / "ct", out, *ssim],
@@ -48,16 +44,10 @@ def commands(tmp_path_factory, cohort):
 
 
 def start(command, **more):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, *map(str, command)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, **output, **more)
-
-
-def finish(command):
-    process = start(command)
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
 
 
 def content(folder):
@@ -80,10 +70,10 @@ def without_times(path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path, script):
+def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path, run, script):
     command, out = commands[script], tmp_path / "killed"
     started = time.perf_counter()
-    finish(command(tmp_path / "undisturbed"))
+    run(*command(tmp_path / "undisturbed"))
     seconds = time.perf_counter() - started
     expected = content(tmp_path / "undisturbed")
     rng = np.random.default_rng(3)
@@ -97,7 +87,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(commands, tmp_path, script):
         process.communicate(timeout=20)
         if running:
             kills += 1
-            finish(command(out))
+            run(*command(out))
             assert content(out) == expected
         else:
             seconds *= 0.9  # it is faster than the first
@@ -114,16 +104,16 @@ def allow(size):
     "script, limits",
     [("reduce.py", [100, 1000, 20_000]), ("pretrain.py", [20_000]), ("evaluate.py", [100])],
 )
-def test_a_full_disk_gets_one_line_and_harms_nothing(commands, tmp_path, script, limits):
+def test_a_full_disk_gets_one_line_and_harms_nothing(commands, tmp_path, run, script, limits):
     """With room again, reduce.py goes on to its end; that the others do, KILLS=20 shows."""
     out = tmp_path / "out"
-    faster = ["--protocol", "linear", "--seeds", 1] if script == "evaluate.py" else []
+    faster = "--protocol linear --seeds 1 --label-share 0.1 --draws 1".split()
     for limit in limits:
-        process = start([*commands[script](out), *faster], preexec_fn=partial(allow, limit))
+        command = commands[script](out) + (faster if script == "evaluate.py" else [])
+        process = start(command, preexec_fn=partial(allow, limit))
         printed = process.communicate()[0]
         assert process.returncode == 1, printed
         assert "error: " in printed and "Traceback" not in printed
-        for name in content(out):
-            assert not name.endswith(".unfinished")
+        assert not list(out.rglob("*.unfinished"))
     if script == "reduce.py":
-        finish(commands[script](out))
+        run(*commands[script](out))

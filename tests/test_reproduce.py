@@ -16,15 +16,15 @@ EVALUATED = [f"--- evaluate-Random-matched-{task}.npz" for task in ("toy-lesion"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, run):
+def made(tmp_path_factory, run, tasks):
     """(its folder, its command, what it printed) of a copy of the project, in odd paths, by a link.
 
     A smaller toy set lies there already, which common.toy leaves as it is.
     """
     folder = tmp_path_factory.mktemp("a space & a |")
     code, out = folder / "the code", folder / "out & about"
+    shutil.copytree(tasks, out / "toy")
     toy.write_cohort(out / "toy" / "ct", patients=3, slices=12)
-    toy.write_tasks(out / "toy", size=32)
     (out / "toy" / "toy.json").write_text(json.dumps({"settings": {}, "code": {}}))
     ignored = shutil.ignore_patterns(".*", "results", "tests", "__pycache__")
     shutil.copytree(ROOT, code, ignore=ignored)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -264,10 +265,9 @@ def make_runs(monkeypatch, tmp_path, rows):
     make.main()
 
 
-def test_the_runs_are_made_by_the_scripts_once(tmp_path, here, monkeypatch, capsys):
-    out, tasks, log = tmp_path / "out", tmp_path / "my data" / "toy-lesion", tmp_path / "log.txt"
-    tasks.mkdir(parents=True)
-    toy.write_tasks(tasks, size=32)
+def test_the_runs_are_made_by_the_scripts_once(tmp_path, tasks, here, monkeypatch, capsys):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    shutil.copytree(tasks, tmp_path / "my data" / "toy-lesion")
     toy.write_cohort(tmp_path / "my data" / "ct", patients=2, slices=12)
     with pytest.raises(SystemExit, match="reduce.py failed: see the end of .*log.txt"):
         make.call(SimpleNamespace(ends_at=None), log, "reduce.py", tmp_path / "nothing", out)
