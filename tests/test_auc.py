@@ -33,13 +33,6 @@ def test_f1_and_accuracy_by_hand():
     assert found["f1"] == pytest.approx((0 + 2 / 3 + 1) / 3) and found["accuracy"] == 2 / 3
 
 
-def test_a_class_that_a_sample_misses_is_left_out():
-    labels, p = scores(30, 3, 0, False)
-    rest = labels != 2
-    expected = [roc_auc_score(labels[rest] == c, p[rest, c]) for c in (0, 1)]
-    assert auc.weighted_auc(labels, p, rest[:, None] * 1.0) == pytest.approx(np.mean(expected))
-
-
 def test_bootstrap_is_stratified_paired_and_centred():
     labels, p = scores(200, 2, 2, False)
     weights = auc.sample_weights(labels, np.arange(200))
@@ -93,8 +86,12 @@ def test_bootstrap_over_parts_is_that_of_a_plain_loop():
         assert found[draw] == pytest.approx(np.mean(aucs))
 
 
-def test_parts_that_miss_a_class_do_not_count():
-    """A fold without a positive has no AUC; the mean is that of the other folds."""
+def test_what_misses_a_class_does_not_count():
+    """A class without images, in one of its folds or in all."""
+    labels, p = scores(30, 3, 0, False)
+    rest = labels != 2
+    expected = [roc_auc_score(labels[rest] == c, p[rest, c]) for c in (0, 1)]
+    assert auc.weighted_auc(labels, p, rest[:, None] * 1.0) == pytest.approx(np.mean(expected))
     labels = np.array([0, 0, 0, 1, 0, 1])
     p = np.random.default_rng(0).random((6, 2))
     parts = np.full((2, 6, 2), np.nan)

@@ -302,7 +302,7 @@ def test_lines_tell_what_was_tested_and_beside_them_are_the_scores(tasks, encode
     assert here(*command).count("done before") == 3 and results.read_bytes() == before
 
 
-def test_every_image_is_tested_once_a_repeat(images, tmp_path, here, used):
+def test_cross_validation_is_one_line(images, tmp_path, here, used):
     command = ["evaluate.py", "images", images, *flags(tmp_path / "r.csv", "scratch")]
     here(*command, "--seeds", 1, "--folds", 4, "--repeats", 3)
     assert cells(tmp_path / "r.csv", "folds", "train", "val", "test") == [("4x3", "45", "0", "60")]

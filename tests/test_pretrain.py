@@ -30,12 +30,9 @@ def parsed(monkeypatch, *command):
     return pretrain.parse_args()
 
 
-def test_the_defaults_are_the_papers(monkeypatch):
-    """Where they are published; else SimCLR's: see README's table of settings."""
+def test_defaults_that_the_readmes_table_of_settings_does_not_hold(monkeypatch):
+    """Where the paper does not publish them, SimCLR's."""
     args = parsed(monkeypatch, "all.csv", "run")
-    assert (args.arch, args.epochs, args.batch_size) == ("resnet50", 800, 128)
-    assert (args.optimizer, args.lr, args.weight_decay) == ("lars", 0.15, 1e-6)
-    assert (args.warmup, args.temperature, args.size) == (10 / 800, 0.1, 96)
     assert (args.sample, args.neighbours, args.loss_groups) == ("kept", 1, 1)
     assert args.mask_negatives is args.steps is None and args.seed == 0
     assert parsed(monkeypatch, "all.csv", "run", "--batch-size", 512).lr == 0.6
@@ -180,13 +177,6 @@ def test_wrong_flags_get_one_line(store, stopped, tmp_path):
     ):
         assert message in stopped(*command, *flags.split())
         assert not (tmp_path / "run").exists()
-
-
-def test_processes_are_those_of_torchrun(monkeypatch):
-    """A cluster's WORLD_SIZE would make a run wait for ever."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "1")
-    assert pretrain.join_processes(torch.device("cpu")) == (0, 1)
 
 
 def test_a_damaged_checkpoint_or_log_is_refused(store, stopped, tmp_path):

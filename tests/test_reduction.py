@@ -29,9 +29,9 @@ def random_walk(n, seed=0):
     return np.logical_xor.accumulate(bits, 0)
 
 
-def group_of(bits, features=None):
+def group_of(bits):
     hashes = np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
-    return Group(hashes, None, features, np.random.default_rng(0))
+    return Group(hashes, None, None, np.random.default_rng(0))
 
 
 def kept_by(strategy, group, count):
@@ -62,19 +62,6 @@ def test_hash_selection_is_the_plain_loop_over_imagehash(threshold, order):
     expected = slow_greedy([[-(a - b) for b in images] for a in images], -threshold)
     representative, differ = STRATEGIES["hash"].by_threshold(group_of(bits), threshold)
     assert (representative.tolist(), (-differ).tolist()) == expected
-
-
-@pytest.mark.parametrize("threshold", [-1, 0.5, 0.9, 0.97, 1.1])
-def test_embedding_selection_is_the_plain_loop_over_cosines(threshold):
-    features = np.random.default_rng(0).normal(size=(200, 24)).cumsum(0).astype(np.float32)
-    wide = features.astype(float)
-    cosines = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in wide] for a in wide]
-    assert np.abs(np.array(cosines) - threshold).min() > 1e-6, "rounding must not decide"
-    expected, to_it = slow_greedy(cosines, threshold)
-    group = group_of(random_walk(200), features)
-    representative, alike = STRATEGIES["embedding"].by_threshold(group, threshold)
-    assert representative.tolist() == expected
-    assert alike == pytest.approx(to_it, abs=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 1.1])

@@ -20,16 +20,6 @@ ROWS = {  # name: slices, steps, dose, how well its scores tell the classes
     "Hash-3": (210, 520, 0.5, 0.6),
     "imagenet": ("", "", "", 0.8),
 }
-DRAFTS = """\
-scratch 0.737 0.737 0.678 0.678
-ALL 0.775 0.807 0.727 0.734
-EveryN 0.802 0.815 0.795 0.827
-SSIM 0.820 0.806 0.799 0.859
-MI 0.838 0.816 0.760 0.802
-Hash-3 0.819 0.813 0.799 0.790
-Hash-6 0.830 0.823 0.832 0.841
-Hash-12 0.812 0.811 0.768 0.798
-HashAll 0.817 0.826 0.787 0.868"""  # of the authors' charts: COVID-CT and brain, PET-CT and LIDC
 LABELS = np.r_[np.zeros(50, int), np.ones(30, int)]
 GROUPS = np.r_[np.arange(50), 50 + np.arange(30) // 2]  # the positives come in pairs
 
@@ -154,18 +144,14 @@ def test_another_baseline_and_none(made, plain):
 
 
 def test_two_lines_of_one_encoder_are_one_run(made):
-    """Their SD says nothing about pre-training; each seed of scratch is a run of its own."""
+    """Their SD says nothing about pre-training."""
     imagenet = cells_of(tables(made[0]), "covid-ct, linear")["imagenet"]
     assert imagenet["runs"] == "1" and "±" not in imagenet["AUC (n=80, 65 groups)"]
     assert imagenet["difference to ALL"].endswith("] images only")
     assert imagenet["p"] == imagenet["Holm"] == "-"
-    table = covid_ct(made[0])
-    aucs = [roc_auc_score(LABELS, made[1]["imagenet", seed]) for seed in (0, 1)]
-    assert table.aucs["imagenet"] == pytest.approx([np.mean(aucs)], abs=1e-5)
-    assert len(table.aucs["scratch"]) == 3
     # their image part is that of the mean of both
     draws = np.mean([plain_draws(made[1]["imagenet", seed]) for seed in (0, 1)], axis=0)
-    assert table.covariance[-1, -1] == pytest.approx(draws.var(ddof=1), rel=1e-3)
+    assert covid_ct(made[0]).covariance[-1, -1] == pytest.approx(draws.var(ddof=1), rel=1e-3)
 
 
 def test_a_run_counts_once_however_many_lines_it_has(tmp_path):
@@ -178,23 +164,6 @@ def test_a_run_counts_once_however_many_lines_it_has(tmp_path):
     table = covid_ct(results)
     assert table.aucs["ALL"] == pytest.approx([0.75, 0.9])
     assert table.cost("ALL")["pretrain_seconds"] == 250 and table.cost("scratch") == {}
-
-
-def test_the_papers_numbers_stand_under_its_own_tasks_only(made, tmp_path):
-    for task in ("organ", "head-ct", "toy-lesion"):
-        make(tmp_path / "results.csv", task, ["ALL"], 2)
-    text = f"{tables(made[0])}\n\n{tables(tmp_path / 'results.csv')}"
-    assert text.count(": the paper's numbers") == 3
-    for abstract in (
-        "AUC on COVID-CT, from the abstract: ALL 0.78, reduced 0.83.",
-        "OrganSMNIST, from the abstract: ALL 0.97, reduced 0.98",
-        "head-ct), from the abstract: ALL 0.73, reduced 0.83",
-    ):
-        assert text.count(abstract) == 1
-    covid, brain = (cells_of(text, f"{t}: the paper's numbers") for t in ("covid-ct", "head-ct"))
-    for line in DRAFTS.splitlines():
-        row, *aucs = line.split()
-        assert [*covid[row].values(), *brain[row].values()] == [row, *aucs[:2], row, *aucs[2:]]
 
 
 def test_the_last_line_of_a_key_counts_also_for_its_bootstrap(tmp_path):
