@@ -309,6 +309,7 @@ def test_cross_validation_is_one_line(images, tmp_path, here, used):
     task = load_task("images", images, 32)
     [line] = read_results(tmp_path / "r.csv")
     parts = np.load(scores_file(tmp_path / "r.csv", line))["probabilities"]
+    assert len(parts) == 12
     assert line["auc_sd"] == evaluate.measure(task.labels, parts, 4)["auc_sd"]
 
 

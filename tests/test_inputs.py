@@ -155,7 +155,9 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, h
 
 
 def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
+    deflated = ("TransferSyntaxUID", uid.DeflatedExplicitVRLittleEndian)
     changes = {
+        "deflated": lambda dataset: setattr(dataset.file_meta, *deflated),
         "run lengths": lambda dataset: dataset.compress(uid.RLELossless),
         "no photometric": lambda dataset: dataset.pop("PhotometricInterpretation"),
         "small letters": lambda dataset: setattr(dataset, "Modality", "ct "),

@@ -30,9 +30,12 @@ def parsed(monkeypatch, *command):
     return pretrain.parse_args()
 
 
-def test_defaults_that_the_readmes_table_of_settings_does_not_hold(monkeypatch):
-    """Where the paper does not publish them, SimCLR's."""
+def test_the_defaults_are_the_papers(monkeypatch):
+    """Where they are published; else SimCLR's: see README's table of settings."""
     args = parsed(monkeypatch, "all.csv", "run")
+    assert (args.arch, args.epochs, args.batch_size) == ("resnet50", 800, 128)
+    assert (args.optimizer, args.lr, args.weight_decay) == ("lars", 0.15, 1e-6)
+    assert (args.warmup, args.temperature, args.size) == (10 / 800, 0.1, 96)
     assert (args.sample, args.neighbours, args.loss_groups) == ("kept", 1, 1)
     assert args.mask_negatives is args.steps is None and args.seed == 0
     assert parsed(monkeypatch, "all.csv", "run", "--batch-size", 512).lr == 0.6

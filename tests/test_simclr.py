@@ -14,6 +14,7 @@ from torch import nn
 import pretrain
 from common import simclr
 from common.batches import Batch
+from common.encoder import load_encoder
 
 
 def nt_xent_double_loop(z, temperature, excluded=None):
@@ -118,7 +119,8 @@ def test_the_network_is_a_torchvision_resnet_and_simclrs_head():
     reference = torchvision.models.resnet18()
     reference.fc = nn.Identity()
     assert str(model[0]) == str(reference)
-    assert all(map(torch.equal, model[0].parameters(), reference.parameters()))
+    for network in (model[0], load_encoder("scratch", "resnet18", 5)):
+        assert all(map(torch.equal, network.parameters(), reference.parameters()))
     first, norm, relu, second = model[1]
     assert [type(norm), type(relu)] == [nn.BatchNorm1d, nn.ReLU] and first.bias is None
     assert first.weight.shape == (512, 512) and second.weight.shape == (128, 512)

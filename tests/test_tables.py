@@ -141,6 +141,7 @@ def test_another_baseline_and_none(made, plain):
     title = "images, linear, 1 % of the training labels, 5 folds x 10 repeats"
     found = cells_of(tables(made[0]), title)
     assert list(found) == ["scratch", "Hash-6"] and "Holm" not in found["Hash-6"]
+    assert tables(made[0]).count(": the paper's numbers") == 1, "of its own tasks alone"
 
 
 def test_two_lines_of_one_encoder_are_one_run(made):
