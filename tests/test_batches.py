@@ -99,6 +99,9 @@ def test_clusters_draw_one_member_of_each_anew_every_epoch():
     assert batches.epoch_slices(chosen, "all", 1, 0).tolist() == list(range(200))
     counts = np.bincount(list(chain(*epochs)), minlength=200)
     assert counts.min() > 0 and counts[10:190].max() < 25  # of 60, 1 in 9: none is preferred
+    # in z order, which runs of neighbours need, also where clusters lie between each other
+    mixed = chosen._replace(kept=np.arange(9), representative=np.arange(200) % 9)
+    assert (np.diff(batches.epoch_slices(mixed, "clusters", 1, 0)) > 0).all()
 
 
 def test_augmentation_depends_on_seed_step_and_rank_and_differs_between_views():
@@ -178,3 +181,6 @@ def test_loss_groups_and_masks_are_parts_of_the_global_batch():
         share = next(stream(chosen, args, rank=rank, world=3))
         assert len(share.slices) == 8 and torch.equal(share.excluded, alone.excluded)
         assert share.dose == alone.dose == 0
+    # parts of a batch that they do not divide are near-equal: none is of a slice alone
+    excluded = batches.excluded_negatives(np.zeros(25), np.zeros(25), flags(loss_groups=2), 0)
+    assert (~excluded).sum(1).tolist() == 13 * [13] + 12 * [12]

@@ -32,13 +32,16 @@ def test_whole_volumes_are_held_out_of_every_sample(share, volumes):
 
 def slow_metrics(model, held_out, args):
     """View by view, so that none can depend on another; loss and cosine pair by pair."""
-    [indices] = batches.epoch_batches(held_out, args, 0)
-    n, slices = len(indices), torch.from_numpy(held_out.store.slices[indices])
-    drawn = simclr.draw_augmentation(2 * n, np.random.default_rng([0, 0, batches.AUGMENT, 0]))
-    views = simclr.augment(slices, drawn, args.size)
-    z = torch.cat([model(to_input(view[None])) for view in views])
-    cosines = [torch.cosine_similarity(z[i], z[i + n], dim=0).item() for i in range(n)]
-    return nt_xent_double_loop(z, args.temperature).item(), np.mean(cosines)
+    found = []
+    for i, indices in enumerate(batches.epoch_batches(held_out, args, 0)):
+        n, slices = len(indices), torch.from_numpy(held_out.store.slices[indices])
+        rng = np.random.default_rng([args.seed, i, batches.AUGMENT, 0])
+        views = simclr.augment(slices, simclr.draw_augmentation(2 * n, rng), args.size)
+        z = torch.cat([model(to_input(view[None])) for view in views])
+        cosines = [torch.cosine_similarity(z[k], z[k + n], dim=0).item() for k in range(n)]
+        found.append((nt_xent_double_loop(z, args.temperature).item(), np.mean(cosines)))
+    assert len(found) == 2
+    return tuple(np.mean(found, axis=0))
 
 
 def test_the_log_has_their_loss_and_cosine(store, here, stopped, monkeypatch, tmp_path):
@@ -46,6 +49,8 @@ def test_the_log_has_their_loss_and_cosine(store, here, stopped, monkeypatch, tm
     measure, slow = pretrain.held_out_metrics, []
 
     def compare(model, held_out, args, *rest):
+        drawn = batches.hold_out(pretrain.read_selection(args.selection), 0.4, seed=1)
+        assert held_out.kept.tolist() == drawn[1].kept.tolist()
         slow.append(slow_metrics(model.eval(), held_out, args))
         before = [tensor.clone() for tensor in model.state_dict().values()]
         metrics = measure(model, held_out, args, *rest)
@@ -53,8 +58,8 @@ def test_the_log_has_their_loss_and_cosine(store, here, stopped, monkeypatch, tm
         return metrics
 
     monkeypatch.setattr(pretrain, "held_out_metrics", compare)
-    command = ["pretrain.py", store / "all.csv", tmp_path, *TINY, "--batch-size", 20, "--epochs", 2]
-    command += ["--precision", "float32", "--device", "cpu", "--hold-out"]
+    command = ["pretrain.py", store / "all.csv", tmp_path, *TINY, "--batch-size", 10, "--epochs", 2]
+    command += ["--precision", "float32", "--device", "cpu", "--seed", 1, "--hold-out"]
     here(*command, 0.4)
     header, *lines = log(tmp_path)
     assert header["settings"]["slices"] in (39, 40) and header["step"] == "eager"

@@ -140,6 +140,14 @@ def test_a_finished_run_is_left_and_another_refused(store, here, stopped, tmp_pa
     assert refusal in stopped(*command)
 
 
+def test_every_flag_that_decides_a_run_is_among_its_settings(store, monkeypatch):
+    args = parsed(monkeypatch, store / "hash-6.csv", "run", *TINY)
+    selection = pretrain.read_selection(args.selection)
+    settings = pretrain.describe(args, selection, torch.device("cpu"), 1)["settings"]
+    decisive = vars(args).keys() - {"run", "epochs", "device"}  # steps tell the epochs
+    assert settings.keys() == decisive | {"slices", "processes"}
+
+
 def test_runs_of_as_many_steps_have_the_same_schedule(store, here, tmp_path, small_network):
     """However many slices they have: --steps-of takes the number from the other run."""
     flags = ["--warmup", 0.25, *TINY, "--optimizer", "lars"]

@@ -106,6 +106,21 @@ def test_a_training_step_is_the_loss_of_two_views_and_a_step_down_its_gradient()
     assert torch.allclose(trained[1], bias, atol=1e-6)
 
 
+def test_only_the_network_computes_in_bfloat16():
+    """Its views and the loss of what it gives are float32, as a plain loop over them says."""
+    batch, model = batch_and_model()
+    seen = []
+    model.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output.detach()]))
+    args = SimpleNamespace(size=8, temperature=0.1)
+    loss, _ = pretrain.loss_of(model, batch, args, torch.bfloat16)
+    inputs, embeddings = seen
+    views = 2 * simclr.augment(batch.slices, batch.augmentation, 8) - 1
+    assert torch.allclose(inputs[:, 0].float(), views, atol=1e-6)
+    assert embeddings.dtype == torch.bfloat16
+    slow = nt_xent_double_loop(embeddings, 0.1, batch.excluded)
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
+
+
 def built(**changed):
     """pretrain.py's network and optimiser."""
     flags = {"arch": "resnet18", "seed": 0, "optimizer": "lars", "lr": 0.1, "weight_decay": 0.0}
@@ -245,6 +260,8 @@ def test_learning_rate_warms_up_and_falls_to_zero_as_a_cosine():
     assert rates[10:] == pytest.approx(0.25 * (1 + np.cos(np.pi * np.arange(90) / 90)))
     assert simclr.learning_rate(0, 1, 0, 0.5) == 0.5
     assert simclr.learning_rate(1, 3, 1, 0.3) == pytest.approx(0.2)
+    # a part of a step is rounded: 38 of the study's 375 warm up, not 37
+    assert simclr.learning_rate(36, 375, 0.1, 0.38) == pytest.approx(0.37)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
@@ -266,10 +283,12 @@ def test_weights_decay_and_adapt_but_batch_norm_and_biases_do_not(optimizer):
         assert isinstance(chosen, torch.optim.AdamW) and weights["betas"] == (0.9, 0.999)
 
 
-def test_lars_steps_as_the_formula_says(monkeypatch):
+@pytest.mark.parametrize("lr", [2.0, torch.tensor(2.0)])
+def test_lars_steps_as_the_formula_says(monkeypatch, lr):
     """You et al. 2017: v = m v + trust |w| / |g + d w| (g + d w); w -= lr v, tensor by tensor.
 
     Without adapting it is SGD with momentum. A norm of 0 scales by 1. Momenta are allocated once.
+    The rate is a number, or a tensor, as in a CUDA graph.
     """
     expected = [np.array(values) for values in ([3.0, 4], [-0.5, 0.1], [0.0, 0], [1.0, -2])]
     tensors = [nn.Parameter(torch.tensor(values).float()) for values in expected]
@@ -277,7 +296,7 @@ def test_lars_steps_as_the_formula_says(monkeypatch):
         {"params": tensors[:3], "weight_decay": 0.5, "adapt": True},
         {"params": tensors[3:], "weight_decay": 0.0, "adapt": False},
     ]
-    optimizer = simclr.LARS(groups, lr=2.0)
+    optimizer = simclr.LARS(groups, lr)
     velocity = [0.0] * 4
     for step in range(3):
         for i, w in enumerate(tensors):
@@ -292,3 +311,11 @@ def test_lars_steps_as_the_formula_says(monkeypatch):
         monkeypatch.setattr(torch, "zeros_like", None)
     for w, values in zip(tensors, expected, strict=True):
         assert np.allclose(w.detach().numpy(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_leaves_weights_without_gradient_and_decay_as_they_are():
+    """A share of 0 / 0 would make them NaN."""
+    weights = nn.Parameter(torch.ones(2))
+    weights.grad = torch.zeros(2)
+    simclr.LARS([{"params": [weights], "weight_decay": 0.0, "adapt": True}], lr=1.0).step()
+    assert weights.tolist() == [1, 1]
