@@ -46,6 +46,10 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     assert grouped[1].positions == ["", "", ""]
 
 
+def padding_to(limit):
+    return {"PixelPaddingValue": -1500, "PixelPaddingRangeLimit": limit}
+
+
 @pytest.mark.parametrize(
     "stored, intercept, tags, hu",
     [
@@ -59,6 +63,12 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
         ([0, 8192, 9192, 6192], -8192, {}, [-1024, 0, 1000, -1024]),  # Siemens: 0, or -2000 HU
         ([0, 8192, 9192, 1], -8192, {"PixelPaddingValue": 1}, [-1024, 0, 1000, -1024]),
         ([0, 1500, 2500, 600], -1500, {}, [-1024, 0, 1000, -900]),
+        # -2000 is a value with the slope, with and without the intercept
+        ([-1000, 0, 512, 1012], -1024, {"RescaleSlope": "2"}, [-1024, -1024, 0, 1000]),
+        ([0, 4096, 4596, 3096], -8192, {"RescaleSlope": "2"}, [-1024, 0, 1000, -1024]),
+        # a range holds both its ends (PS3.3 C.7.5.1.1.2); a limit of 0 makes none
+        ([-1500, -1450, -1400, 80], 0, padding_to(-1400), [-1000, -1000, -1000, 80]),
+        ([-1500, -500, 0, 80], 0, padding_to(0), [-1000, -500, 0, 80]),
     ],
 )
 def test_hu(tmp_path, write_dicom, stored, intercept, tags, hu):
@@ -158,9 +168,11 @@ def test_scaling_is_min_max_rounded_or_a_window():
 
 
 SAME, APART, BETWEEN = (0, 5), (4, 1), (1, 3)  # mm from scan to scan, and from slice to slice
-NEAR, SHIFTED, RESTARTS = (0.0006, 5), (5, 5), {"InstanceNumber": "{i}", "path": "{mixed}"}
+NEAR, SHIFTED, THIN, STATIONS = (0.0006, 5), (5, 5), (2.5, 0.625), (10.5, 4)
+RESTARTS = {"InstanceNumber": "{i}", "path": "{mixed}"}
 BY, DIFFER = "3 scans of one place, told apart by ", "study differ: 3 or more volumes"
 BY_ORDER = f"{BY}the order of InstanceNumber, acquisition and name alone: a guess, look"
+PARTLY = {"InstanceNumber": "{i}", "AcquisitionNumber": "{scan}"}
 RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{i}"}
 
 
@@ -169,6 +181,8 @@ RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{
     [
         (SAME, {"SOPInstanceUID": "1.9"}, 3, "12 slices have 1 different SOPInstanceUIDs"),
         (SAME, RESTARTS | {"SOPInstanceUID": "1.9", "path": "{scan}/"}, 3, f"{BY}folder"),
+        (SAME, {"SOPInstanceUID": "1.9.{i}"}, 3, "12 slices have 4 different SOPInstanceUIDs"),
+        (SAME, PARTLY | {"SOPInstanceUID": "1.9.{i}"}, 3, "12 slices have 4 different SOP"),
         (SAME, {"TemporalPositionIdentifier": "{scan}"}, 3, f"{BY}TemporalPositionIdentifier"),
         (SAME, {"AcquisitionNumber": "{scan}"}, 3, f"{BY}AcquisitionNumber"),
         (SAME, {"AcquisitionTime": "10150{scan}.5"}, 3, f"{BY}AcquisitionTime"),
@@ -181,12 +195,16 @@ RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{
         (NEAR, {}, 3, BY_ORDER),
         (SAME, {"PatientID": "Geheim {scan}"}, 3, DIFFER),
         (BETWEEN, {"PatientName": "Geheim^{scan}"}, 3, DIFFER),
+        (BETWEEN, {"PatientBirthDate": "1900011{scan}"}, 3, DIFFER),
         (BETWEEN, {"StudyInstanceUID": "1.{scan}", "InstanceNumber": "1"}, 3, DIFFER),
         (BETWEEN, {"AcquisitionNumber": "{scan}"}, 3, f"{BY}AcquisitionNumber"),
         (BETWEEN, {"InstanceNumber": "{i}"}, 1, "InstanceNumber repeats, 4 on 12 slices"),
         (BETWEEN, {}, 1, "InstanceNumber rises and falls along z: perhaps they are several scans"),
         (APART, {"AcquisitionNumber": "{scan}"}, 1, None),
         (APART, {"AcquisitionNumber": "{odd}"}, 1, None),
+        (APART, {"ImageOrientationPatient": r"1\0.00{i}\0\0\1\0"}, 1, None),
+        (THIN, {}, 1, None),
+        (STATIONS, {"AcquisitionNumber": "{scan}"}, 1, "InstanceNumber rises and falls along z"),
         (APART, RANDOM, 12, "12 series of one slice"),
         (APART, {"SeriesInstanceUID": "1.2.{scan}{i}"}, 12, "12 series of one slice"),
     ],
@@ -211,6 +229,14 @@ def test_a_volume_is_one_acquisition_of_one_patient(
     said = [f"{volume}: {text}" for volume, text in warnings]
     assert all(": in DATA/some: " in text and "Geheim" not in text for text in said)
     assert any(warning in text for text in said) if warning else not said
+
+
+def test_slices_of_one_uid_without_a_place_are_no_copies(tmp_path, write_dicom):
+    unknown = {"InstanceNumber": None, "ImagePositionPatient": None}
+    for name in "ab":
+        write_dicom(tmp_path / name, FLAT, SOPInstanceUID="1.9", **unknown)
+    [volume], skipped, _ = load(tmp_path)
+    assert volume.files == ["a", "b"] and not skipped
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def outcome(folder):
         ({"RescaleSlope": 0}, "gives no HU"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "a localizer"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "SCOUT MODE"]}, "a localizer"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "TOPOGRAM"]}, "a localizer"),
         ({"PhotometricInterpretation": "MONOCHROME1"}, "PhotometricInterpretation is MONOCHROME1"),
         ({"NumberOfFrames": 3}, "a multi-frame image"),
         ({"SeriesInstanceUID": None}, "SeriesInstanceUID is missing"),
@@ -160,6 +161,7 @@ def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
         "deflated": lambda dataset: setattr(dataset.file_meta, *deflated),
         "run lengths": lambda dataset: dataset.compress(uid.RLELossless),
         "no photometric": lambda dataset: dataset.pop("PhotometricInterpretation"),
+        "no high bit": lambda dataset: [dataset.pop("HighBit"), setattr(dataset, "BitsStored", 12)],
         "small letters": lambda dataset: setattr(dataset, "Modality", "ct "),
         "trailing": lambda dataset: setattr(dataset, "DataSetTrailingPadding", b"\0" * 1000),
     }
@@ -235,11 +237,13 @@ def test_pictures_give_their_grey_values(tmp_path):
     turned[0x0112] = 6  # to be shown turned by 90 degrees to the right
     Image.fromarray(np.rot90(grey)).save(tmp_path / "exif.png", exif=turned)
     pictures["exif"] = grey, grey
+    Image.fromarray(grey).save(tmp_path / "capitals.PNG")
     for kind, channels in ((2, 3), (4, 2), (6, 4)):  # colour, grey and alpha, colour and alpha
         (tmp_path / f"deep{kind}.png").write_bytes(png(1, 1, 16, kind, bytes(1 + 2 * channels)))
     slices, reasons, _ = outcome(tmp_path)
     assert reasons.keys() == {"deep2.png", "deep4.png", "deep6.png"}
     assert all("16 bits of colour or with alpha" in reason for reason in reasons.values())
+    assert (slices["capitals.PNG"] == grey).all()
     for name, (_, expected) in pictures.items():
         difference = np.abs(slices[f"{name}.png"] - np.array(expected, int))
         assert difference.max() <= (name in ("rgb", "rgba")), name
