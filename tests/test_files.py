@@ -50,6 +50,7 @@ def test_a_product_made_otherwise_is_refused_by_what_differs():
     for record, wanted, message in (
         (made, settings | {"size": 64}, r"RUN: was made otherwise \(size 32 -> 64\): delete it"),
         (made, settings | {"new": 1}, "new None -> 1"),
+        (made | {"settings": settings | {"old": 1}}, settings, "old 1 -> None"),
         (edited, settings, r"common/files.py 12345678 -> \w{8}, common/gone.py"),
         ({"settings": {}}, {}, "does not say what made it: delete it"),
     ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import reduce
 from common import pictures, reduction, similarity
 from common.encoder import load_encoder
 from common.reduction import STRATEGIES, Strategy
@@ -158,6 +159,13 @@ def test_random_every_n_and_redundant_keep_as_many_of_each_volume_as_another(sto
     assert len(different) == 5
 
 
+def test_random_slices_are_drawn_anew_in_each_volume(store, selected):
+    selection, _ = selected("random-keep-0.5", "random --keep 0.5")
+    kept = kept_slices(selection)
+    of_19, *of_20 = [np.isin(volume, kept) for volume in slices_by_volume(store)]
+    assert len(of_19) == 19 and not np.array_equal(*of_20)
+
+
 def test_a_finished_selection_stays_and_an_unfinished_one_is_made_again(store, here):
     flags = [store.parent / "ct", store, "--size", 32, "--strategy", "random", "--keep", 0.4]
     files = [store / f"random-keep-0.4.{ending}" for ending in ("json", "csv", "png")]
@@ -196,6 +204,13 @@ def test_a_selection_made_otherwise_is_refused(store, here, stopped, encoder, tm
     assert "done before" in here(*command, "embedding", "--encoder", copy)
     torch.save(load_encoder("scratch", "resnet18", 1).state_dict(), copy)
     assert "(encoder " in refused("embedding", "--encoder", copy)
+
+
+def test_every_flag_that_decides_a_selection_is_among_its_settings(store, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reduce.py", "ct", str(store), "--strategy", "hash"])
+    args = reduce.parse_args()
+    decisive = vars(args).keys() - {"data", "out", "name", "workers"}
+    assert reduce.settings_of(args, None).keys() == decisive | {"given", "store"}
 
 
 def test_every_selection_says_its_dose(store, selected):

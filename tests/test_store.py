@@ -9,7 +9,9 @@ import signal
 import imagehash
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import resize
 
 from common import ct, hashing, store, workers
 
@@ -35,7 +37,8 @@ def test_the_store_is_reused_and_a_changed_ct_folder_is_noticed(cohort, here, st
     assert printed.startswith("59 slices, 3 volumes; 1 files skipped, see ")
     assert "  1 skipped: pixel data is cut short" in printed
     recorded = json.loads((cohort / "store" / "store.json").read_text())["code"]
-    assert not {"reduce.py", "common/reduction.py"} & recorded.keys()
+    parts = "__init__ ct dicom files hashing store volumes workers".split()  # neither of selecting
+    assert recorded.keys() == {f"common/{part}.py" for part in parts}
     assert (cohort / "store" / "slices.npy").stat().st_mtime_ns == before
     other_size = "was made otherwise (size 32 -> 48): give another OUT"
     assert other_size in stopped(*command, *HASH, "--size", 48)
@@ -136,6 +139,29 @@ def test_hashes_are_of_the_full_resolution_and_pixels_are_means(cohort):
         slice8 = ct.read_slice(cohort / "ct" / line["file"])
         assert line["dhash"] == str(imagehash.dhash(Image.fromarray(slice8)))
         assert np.abs(pixels[i] - slice8.reshape(32, 4, 32, 4).mean((1, 3))).max() <= 0.5
+
+
+def test_pixels_are_antialiased_where_they_are_no_means_of_whole_ones(cohort):
+    """128 to 48 pixels: means of 2 x 2, then as torchvision resizes."""
+    file = sorted((cohort / "ct").rglob("*.dcm"))[0]
+    _, pixels, _ = store.decode(("", "", file, None), cohort, 48, None)
+    means = ct.read_slice(file).reshape(64, 2, 64, 2).mean((1, 3))
+    expected = resize(torch.from_numpy(means)[None], [48, 48], antialias=True)[0].numpy()
+    found = np.frombuffer(pixels, np.uint8).reshape(48, 48)
+    assert np.abs(found - expected).max() <= 1.5  # rounded three times
+
+
+def test_a_window_is_that_of_all_slices_and_pictures_are_left_out(cohort, here, tmp_path):
+    data = shutil.copytree(cohort / "ct" / "patient-01", tmp_path / "ct")
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save(data / "a.png")
+    here("reduce.py", data, tmp_path / "out", *HASH, "--window", 40, 400)
+    plain = []
+    for line in store.read_lines(tmp_path / "out" / "slices.csv"):
+        narrow, full = (ct.read_slice(data / line["file"], w) for w in ((40, 400), None))
+        assert line["dhash"] == hashing.slice_hash(narrow)
+        plain.append(line["dhash"] == hashing.slice_hash(full))
+    [skipped] = store.read_lines(tmp_path / "out" / "skipped.csv")
+    assert not all(plain) and "--window needs HU" in skipped["reason"]
 
 
 def test_near_duplicates_are_those_of_a_slow_loop(monkeypatch):
