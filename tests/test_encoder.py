@@ -144,6 +144,19 @@ def test_input_is_normalised_as_the_encoder_was_trained(monkeypatch):
         assert np.allclose(given, preset(grey), atol=1e-6)
 
 
+def test_imagenet_is_torchvisions_first_weights(monkeypatch):
+    """The only ones of a ResNet-18; those of a ResNet-50's second recipe are others."""
+    asked = []
+
+    def get_model(arch, weights):
+        asked.append(weights)
+        return torch.nn.Module()
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    load_encoder("imagenet", "resnet50", 0)
+    assert asked == ["IMAGENET1K_V1"]
+
+
 def test_a_device_is_there_and_convolutions_are_repeatable_and_in_full_float32(monkeypatch):
     for name in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(SystemExit, match=f"^error: --device {name}: .*$"):

@@ -15,7 +15,7 @@ from torch import nn
 
 import evaluate
 from common import auc, encoder
-from common.tables import read_results, scores_file
+from common.tables import made_by, read_results, scores_file
 from common.tasks import Task, draw_labels, load_task, make_folds, split_of
 
 CPU = torch.device("cpu")
@@ -298,6 +298,10 @@ def test_lines_tell_what_was_tested_and_beside_them_are_the_scores(tasks, encode
             assert np.array_equal(scores[name], getattr(task, name)[split["test"]])
         for column, value in evaluate.measure(scores["labels"], p).items():
             assert line[column] == value == "" or abs(float(line[column]) - float(value)) < 2e-3
+    code = made_by(read_results(results)[0])["code"].keys()
+    parts = "auc ct encoder files hashing tasks".split()
+    assert code >= {"evaluate.py", *(f"common/{part}.py" for part in parts)}
+    assert "common/dicom.py" not in code, "no task holds DICOM"
     before = results.read_bytes()
     assert here(*command).count("done before") == 3 and results.read_bytes() == before
 
@@ -338,6 +342,9 @@ def test_seeds_and_encoders(tasks, encoders, tmp_path, stopped, here, used):
     known = tmp_path / "known.csv"  # without the encoder whose seed is not known
     here("evaluate.py", "toy-lesion", tasks, *flags(known, *encoders[:2]))
     assert cells(known, "seed", "encoder") == [("7", hashes[0]), ("6", hashes[1])]
+    tuned = flags(known, "scratch", protocol="finetune")
+    here("evaluate.py", "toy-lesion", tasks, *tuned, "--seeds", 2)
+    assert used[-2:] == [(weights[seed], seed) for seed in range(2)]
 
 
 def test_every_flag_that_decides_a_line_is_among_its_settings(monkeypatch):

@@ -105,12 +105,18 @@ def test_any_folder_with_labels_is_a_task(images, capsys):
         label = ["10", "9", "2"][i % 3]
         holds(task, i, images / "scans" / f"{i}.png", label, ["train", "val", "test"][i // 12])
     assert task.classes == ["2", "9", "10"]  # numbers as numbers
+    assert (task.mean, task.std, task.flip) == (0.5, 0.5, False)  # not COVID-CT's
     assert len(set(task.groups)) == 18 and (task.groups[::2] == task.groups[1::2]).all()
     darker = np.array(Image.open(images / "scans" / "3.png")) // 2
     Image.fromarray(darker).save(images / "scans" / "7.png")
+    deep = np.array(Image.open(images / "scans" / "8.png")).astype(np.uint16) * 100
+    Image.fromarray(deep).save(images / "scans" / "8.png")
     labels = images / "labels.csv"
     labels.write_text(labels.read_text().replace("group", "Group", 1))  # as people write it
-    assert len(set(load_task("images", images, 16).groups)) == 18
+    again = load_task("images", images, 16)
+    assert len(set(again.groups)) == 18
+    holds(again, 7, images / "scans" / "7.png", "9", "train")  # as dark as it is
+    assert np.abs(again.images[8] - task.images[8].astype(int)).max() <= 2  # min-max of 16 bits
     labels.write_text(labels.read_text().replace("Group", "patient_id", 1))
     load_task("images", images, 16)
     assert "columns not used: note, patient_id; known: split, group" in capsys.readouterr().err
@@ -125,7 +131,7 @@ def test_any_folder_with_labels_is_a_task(images, capsys):
 def test_a_folder_is_a_class_where_there_is_no_list(images, capsys):
     (images / "labels.csv").unlink()
     for i, file in enumerate(sorted((images / "scans").iterdir())):
-        folder = images / ["COVID", "non-COVID"][i % 2] / f"patient {i % 12}"
+        folder = images / ["COVID", "non-COVID"][i % 2] / f"patient {i // 3}"  # of both classes
         folder.mkdir(parents=True, exist_ok=True)
         file.rename(folder / file.name)
         (folder / f"._{file.name}").write_bytes(b"of macOS")
@@ -253,7 +259,8 @@ def test_a_chain_of_near_duplicates_does_not_swallow_the_set():
     assert set(range(1407)) <= set(train) and min(len(val), len(test)) > 200
 
 
-def test_leaks_are_test_images_within_4_bits_of_a_training_image(capsys):
+def test_leaks_are_test_images_within_4_bits_of_a_training_image(capsys, monkeypatch):
+    monkeypatch.setattr(tasks, "BLOCK", 7)  # so that there are several
     hashes = np.random.default_rng(0).integers(0, 2**64, 30, np.uint64)
     hashes[20] = hashes[5]
     hashes[21] = flip_bits(hashes[6], range(4))
