@@ -191,6 +191,7 @@ RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{
         (SAME, {"AcquisitionTime": "10150{i}.{scan}"}, 3, BY_ORDER),
         (SAME, RESTARTS | {"AcquisitionTime": "1{scan}50{i}"}, 3, BY_ORDER),
         (SHIFTED, RESTARTS | {"path": "{scan}/"}, 3, f"{BY}folder"),
+        (SAME, {"path": "{scan}{odd}/"}, 3, BY_ORDER),  # half a scan in each
         (SAME, {"InstanceNumber": "1"}, 3, BY_ORDER),
         (NEAR, {}, 3, BY_ORDER),
         (SAME, {"PatientID": "Geheim {scan}"}, 3, DIFFER),
