@@ -1,6 +1,7 @@
 """reproduce.sh, tiny: rows, going on, a path with spaces, flags that are refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -42,7 +43,10 @@ def test_every_row_is_in_the_tables_with_its_runs(made):
     for row in ROWS.split():
         lines = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
         assert len(lines) == 2 and all("±" in line for line in lines)  # a table a task
-    # a random row draws anew for every run
+    # every run has a seed of its own, and a random row draws anew for it
+    for seed in (0, 1):
+        first, *_ = (out / "runs" / f"Random-matched-{seed}" / "log.jsonl").read_text().splitlines()
+        assert json.loads(first)["settings"]["seed"] == seed
     selections = [(out / "slices" / f"Random-matched-{seed}.csv").read_text() for seed in (0, 1)]
     assert selections[0] != selections[1]
 
@@ -62,6 +66,20 @@ def test_what_is_deleted_is_made_again_to_the_same_bytes_and_nothing_else(made, 
     assert after[0] == before[0] and after[1] in again
     columns = [[line.split("|")[-3:] for line in text.splitlines()] for _, text in (before, after)]
     assert columns[0] == columns[1]  # without seconds
+
+
+def test_of_changed_ct_or_edited_code_the_old_tables_are_not_printed(made, run):
+    out, command, _ = made
+    file, code = next((out / "toy").rglob("*.dcm")), command[0].resolve().parent / "common"
+    times, text = file.stat(), (code / "hashing.py").read_text()
+    os.utime(file)
+    refused = run(*command, program="bash", ok=False)
+    assert "(fingerprint " in refused.stderr and "| Random-matched |" not in refused.stdout
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (code / "hashing.py").write_text(text.replace("SAME_IMAGE = 4", "SAME_IMAGE = 3"))
+    refused = run(*command, program="bash", ok=False)
+    assert "(common/hashing.py " in refused.stderr and "| Random-matched |" not in refused.stdout
+    (code / "hashing.py").write_text(text)
 
 
 def test_after_runs_of_other_flags_or_another_task_the_old_tables_are_not_printed(made, run):

@@ -77,6 +77,17 @@ def test_the_plan_is_what_the_published_runs_were_made_by(monkeypatch, tmp_path)
     assert len(set.union(*selections.values())) == len(selections)
 
 
+def test_rows_of_reproduce_sh_have_the_flags_of_the_studys():
+    text = (ROOT / "reproduce.sh").read_text().replace("$hash_6", make.HASH_6)
+    rows = re.findall(r'^  row (\S+) +"([^"]*)"(?: +"([^"]*)")?$', text, re.MULTILINE)
+    planned = {}
+    for row, (reduce, pretrain, _) in make.PLAN.items():
+        words = reduce.format(out="out", seed="SEED").replace("out/", "").replace("-seed-0", "-0")
+        planned[row] = words, pretrain
+    shared = {row: tuple(flags) for row, *flags in rows if row in planned}
+    assert shared == {row: planned[row] for row in shared} and len(shared) == 12
+
+
 def test_the_evaluations_are_those_of_the_published_lines(monkeypatch):
     outcomes = set()
     for evaluation in make.EVALUATIONS:
