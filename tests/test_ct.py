@@ -20,8 +20,8 @@ def load(folder, files=None):
 
 
 def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_dicom):
-    axes = np.array([[1, 0, 0], [0, np.cos(0.3), np.sin(0.3)]])
-    for i, distance in enumerate([12.5, -3.0, 4.0, 40.0]):
+    axes = np.array([[2, 1, 2], [-2, 2, 1]]) / 3  # no part of the normal is 0
+    for i, distance in enumerate([12.5432, -3.0, 4.0, 40.0]):
         # the corner also wanders within the slice plane: z alone would mislead
         corner = np.round(distance * np.cross(*axes) + (-1) ** i * 100 * axes[1], 6)
         place = {"ImagePositionPatient": [*corner], "ImageOrientationPatient": [*axes.ravel()]}
@@ -30,7 +30,8 @@ def test_slices_are_ordered_along_the_normal_of_a_tilted_series(tmp_path, write_
     assert volume.files == ["1.dcm", "2.dcm", "0.dcm", "3.dcm"] and not skipped
     assert "InstanceNumber rises and falls along z" in order
     assert series == volume.name and "gaps along z: 1, the widest 27.5 mm" in warning
-    assert [*map(float, volume.positions)] == pytest.approx([-3.0, 4.0, 12.5, 40.0], abs=1e-3)
+    assert [*map(float, volume.positions)] == pytest.approx([-3.0, 4.0, 12.5432, 40.0], abs=1e-3)
+    assert volumes.gaps([0, 1, 9]) and not volumes.gaps([0, 9])  # one distance is the usual one
 
 
 def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
@@ -46,14 +47,15 @@ def test_series_are_grouped_by_uid_over_folders(tmp_path, write_dicom):
     assert grouped[1].positions == ["", "", ""]
 
 
-def padding_to(limit):
-    return {"PixelPaddingValue": -1500, "PixelPaddingRangeLimit": limit}
+def padding_to(limit, value=-1500):
+    return {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
 
 
 @pytest.mark.parametrize(
     "stored, intercept, tags, hu",
     [
         ([0, 1024, 2024, 4095], -1024, {}, [-1024, 0, 1000, 3071]),
+        ([-24, 0, 1024, 2024], -1024, {}, [-1048, -1024, 0, 1000]),  # noise in air is no padding
         ([40000, 0, 0, 0], -1024, {}, [38976, -1024, -1024, -1024]),  # above the int16 range
         ([-2000, -1024, 0, 500], 0, {}, [-1000, -1024, 0, 500]),  # padding is air, not water
         ([-1500, 0, 40, 80], 0, {"PixelPaddingValue": -1500}, [-1000, 0, 40, 80]),
@@ -68,6 +70,7 @@ def padding_to(limit):
         ([0, 4096, 4596, 3096], -8192, {"RescaleSlope": "2"}, [-1024, 0, 1000, -1024]),
         # a range holds both its ends (PS3.3 C.7.5.1.1.2); a limit of 0 makes none
         ([-1500, -1450, -1400, 80], 0, padding_to(-1400), [-1000, -1000, -1000, 80]),
+        ([-1500, -1450, -1400, 80], 0, padding_to(-1500, -1400), [-1000, -1000, -1000, 80]),
         ([-1500, -500, 0, 80], 0, padding_to(0), [-1000, -500, 0, 80]),
     ],
 )
@@ -173,6 +176,7 @@ RESTARTS = {"InstanceNumber": "{i}", "path": "{mixed}"}
 BY, DIFFER = "3 scans of one place, told apart by ", "study differ: 3 or more volumes"
 BY_ORDER = f"{BY}the order of InstanceNumber, acquisition and name alone: a guess, look"
 PARTLY = {"InstanceNumber": "{i}", "AcquisitionNumber": "{scan}"}
+ALONE = {"SeriesInstanceUID": "1.2.{scan}{i}", "path": "{scan}{i}/"}  # in folders of their own
 RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{i}"}
 
 
@@ -189,6 +193,7 @@ RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{
         (SAME, RESTARTS | {"SeriesNumber": "{scan}"}, 3, f"{BY}SeriesNumber"),
         (SAME, {"ConvolutionKernel": "B{scan}0"}, 3, f"{BY}ConvolutionKernel"),
         (SAME, {"AcquisitionTime": "10150{i}.{scan}"}, 3, BY_ORDER),
+        (SAME, {"AcquisitionTime": "1{mixed}50{i}"}, 3, BY_ORDER),  # InstanceNumber before time
         (SAME, RESTARTS | {"AcquisitionTime": "1{scan}50{i}"}, 3, BY_ORDER),
         (SHIFTED, RESTARTS | {"path": "{scan}/"}, 3, f"{BY}folder"),
         (SAME, {"path": "{scan}{odd}/"}, 3, BY_ORDER),  # half a scan in each
@@ -203,11 +208,14 @@ RANDOM = {"SeriesInstanceUID": "1.2.{scan}{i}", "StudyInstanceUID": "1.3.{scan}{
         (BETWEEN, {}, 1, "InstanceNumber rises and falls along z: perhaps they are several scans"),
         (APART, {"AcquisitionNumber": "{scan}"}, 1, None),
         (APART, {"AcquisitionNumber": "{odd}"}, 1, None),
+        (APART, {"InstanceNumber": "1"}, 1, None),
+        (APART, {"PatientID": "7{blanks}"}, 1, None),  # DICOM pads text to an even length
         (APART, {"ImageOrientationPatient": r"1\0.00{i}\0\0\1\0"}, 1, None),
         (THIN, {}, 1, None),
         (STATIONS, {"AcquisitionNumber": "{scan}"}, 1, "InstanceNumber rises and falls along z"),
         (APART, RANDOM, 12, "12 series of one slice"),
         (APART, {"SeriesInstanceUID": "1.2.{scan}{i}"}, 12, "12 series of one slice"),
+        (APART, ALONE, 12, "12 series of one slice"),
     ],
 )
 def test_a_volume_is_one_acquisition_of_one_patient(
@@ -219,6 +227,7 @@ def test_a_volume_is_one_acquisition_of_one_patient(
         scan, i = map(int, name)
         place = {"ImagePositionPatient": [0, 0, z[0] * scan + z[1] * i], "InstanceNumber": n}
         words = {"scan": scan, "i": i, "mixed": (scan + i) % 3, "odd": i % 2 or ""}
+        words["blanks"] = i % 2 * "   "
         told = {tag: text.format(**words) for tag, text in tags.items()}
         write_dicom(tmp_path / "some" / (told.pop("path", "") + name), FLAT, **place | told)
     grouped, skipped, warnings = load(tmp_path)
@@ -267,6 +276,7 @@ def test_slices_of_one_uid_without_a_place_are_no_copies(tmp_path, write_dicom):
         ("c/P-001 c/P-002 c/Q-001 c/Q-002", {"c/P": "1 2", "c/Q": "1 2"}, "2 volumes"),
         ("P_3_85_CT P_3_9_CT P_12_85_CT P_12_9_CT", {"P_12_CT": "9 85", "P_3_CT": "9 85"}, "2 vol"),
         ("t/1-1 t/2-1 t/2-1x", {"t": "1 1 1"}, "1 last number(s) in 3 names"),
+        ("v/mid v/2", {"v": "2 "}, "1 last number(s) in 2 names"),  # no number: last
         ("t/b t/a", {"t": " "}, "0 last number(s) in 2 names"),
         ("t/1-2 t/2-1", {"t": "1 2"}, "of several numbers in the names, the last"),
     ],

@@ -155,6 +155,11 @@ def test_compressed_slices_are_read_or_name_the_plug_in(tmp_path, write_dicom, h
     assert shown.count("pip install") == 1 and "2 skipped: JPEG-LS" in shown
 
 
+def in_32_bits(dataset):
+    dataset.PixelData = (SMOOTH * np.uint32(2000)).tobytes()  # also above 16 bits
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 32, 32, 31
+
+
 def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
     deflated = ("TransferSyntaxUID", uid.DeflatedExplicitVRLittleEndian)
     changes = {
@@ -162,6 +167,7 @@ def test_slices_that_are_unusual_but_fine(tmp_path, write_dicom):
         "run lengths": lambda dataset: dataset.compress(uid.RLELossless),
         "no photometric": lambda dataset: dataset.pop("PhotometricInterpretation"),
         "no high bit": lambda dataset: [dataset.pop("HighBit"), setattr(dataset, "BitsStored", 12)],
+        "32 bits": in_32_bits,
         "small letters": lambda dataset: setattr(dataset, "Modality", "ct "),
         "trailing": lambda dataset: setattr(dataset, "DataSetTrailingPadding", b"\0" * 1000),
     }
@@ -201,6 +207,7 @@ def test_the_odd_ones_of_a_series_are_left_out(tmp_path, write_dicom):
         ([3], {"ImagePositionPatient": None}, "1 of 6 positions missing: ordered by Inst"),
         ([3], {"ImageOrientationPatient": None}, "1 of 6 positions missing: ordered by Inst"),
         (range(6), {"ImagePositionPatient": [0, 0, 7]}, "all positions are the same: ordered by"),
+        (range(6), {"ImageOrientationPatient": [1, 0, 0, 0.2, 1, 0]}, "6 of 6 positions missing"),
         (range(6), {"ImageOrientationPatient": [0] * 6}, "6 of 6 positions missing"),
         ([2], {"SeriesInstanceUID": "1.2.9"}, "gaps along z: 1, the widest 5.0 mm where 2.5 mm"),
         ([2], {"InstanceNumber": 99}, "InstanceNumber rises and falls along z"),
@@ -222,8 +229,11 @@ def test_pictures_give_their_grey_values(tmp_path):
     luma = np.rint(colour @ [0.299, 0.587, 0.114])
     palette = Image.fromarray(grey)
     palette.putpalette([255 - i // 3 for i in range(768)])  # index i is the grey 255 - i
+    clear = palette.copy()
+    clear.info["transparency"] = 0  # this index, which is white
     pictures = {
         "palette": (palette, 255 - grey),
+        "clear": (clear, ct.scale_to_uint8(np.where(grey, 255 - grey, 0))),
         "la": (np.dstack([grey, grey.T]), grey),
         "rgb": (colour, ct.scale_to_uint8(luma)),
         "rgba": (np.dstack([colour, grey]), ct.scale_to_uint8(np.where(grey, luma, 0))),
@@ -231,13 +241,16 @@ def test_pictures_give_their_grey_values(tmp_path):
         "deep": (np.array([[0, 300], [600, 60000]], np.uint16), [[0, 1], [3, 255]]),
     }
     for name, (pixels, _) in pictures.items():
-        picture = pixels if pixels is palette else Image.fromarray(pixels)
+        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         picture.save(tmp_path / f"{name}.png")
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees to the right
     Image.fromarray(np.rot90(grey)).save(tmp_path / "exif.png", exif=turned)
     pictures["exif"] = grey, grey
     Image.fromarray(grey).save(tmp_path / "capitals.PNG")
+    wide = np.array([[0, 1000, 100_000]], np.int32)
+    Image.fromarray(wide).save(tmp_path / "wide.png", "TIFF")
+    pictures["wide"] = wide, [[0, 3, 255]]
     for kind, channels in ((2, 3), (4, 2), (6, 4)):  # colour, grey and alpha, colour and alpha
         (tmp_path / f"deep{kind}.png").write_bytes(png(1, 1, 16, kind, bytes(1 + 2 * channels)))
     slices, reasons, _ = outcome(tmp_path)
@@ -262,13 +275,14 @@ def png(width, height, depth, kind, rows):
 def test_bombs_and_broken_pictures_are_skipped(tmp_path):
     picture = jpeg(PIXELS.astype(np.uint8), "JPEG")
     (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, 8, 0, b"\0" * 9))
-    (tmp_path / "cut.jpg").write_bytes(picture[:-200])
+    (tmp_path / "cut.jpeg").write_bytes(picture[:-200])
     (tmp_path / "head.jpg").write_bytes(picture[:20])
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.png", "TIFF")
     slices, reasons, _ = outcome(tmp_path)
     assert not slices and "exceeds limit" in reasons["bomb.png"]
     assert "not finite" in reasons["nan.png"]
-    assert "cannot be decoded" in reasons["cut.jpg"] and reasons["head.jpg"]
+    assert "cannot be decoded" in reasons["cut.jpeg"]
+    assert "not a DICOM file" not in reasons["head.jpg"]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
