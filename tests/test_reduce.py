@@ -199,6 +199,8 @@ def test_a_selection_made_otherwise_is_refused(store, here, stopped, encoder, tm
         assert "(given " in refused(*flags), "another selection of the same name"
         given.write_text(before)
         (store / "A.json").unlink()
+    other = data.parent / "store" / "hash-6.csv"  # with equal slices
+    assert "belongs to another store" in stopped(*command, "random", "--like", other)
     here(*command, "embedding", "--encoder", encoder)
     copy = shutil.copy(encoder, tmp_path / "copy.pt")
     assert "done before" in here(*command, "embedding", "--encoder", copy)
@@ -295,6 +297,7 @@ def test_the_contact_sheet_shows_slices_that_stay(store, monkeypatch):
     first = np.intersect1d(kept, store.volumes[0])
     assert words[1] == f"patient-00: {len(first)} of 19 slices kept"
     assert words[2] == f"slice {first[0]}  x{np.count_nonzero(representative == first[0])}"
+    assert sum(word.startswith("slice 0  x") for word in words) == 3, "numbers within a volume"
     shown = Image.fromarray(store.slices[first[0]]).resize((110, 110), Image.Resampling.BILINEAR)
     top = pictures.TITLE + pictures.GAP + pictures.TITLE
     assert np.array_equal(sheet[top : top + 110, pictures.GAP : pictures.GAP + 110, 0], shown)

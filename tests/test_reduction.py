@@ -52,6 +52,12 @@ def test_dhash_golden_value():
     assert hashing.slice_hash(ramp[:, ::-1].copy()) == "0000000000000000"
 
 
+def test_thresholds_by_default_are_those_of_the_readme():
+    defaults = {name: of.default for name, of in STRATEGIES.items() if of.by_threshold}
+    ours = {"every-n": 8, "ssim": 0.7, "mi": 0.45, "embedding": 0.997}
+    assert defaults == ours | {"hash": 6}  # paper
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 3, 6, 12, 30, 64])
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
 def test_hash_selection_is_the_plain_loop_over_imagehash(threshold, order):

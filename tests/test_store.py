@@ -119,6 +119,19 @@ def test_read_selection(cohort, here, tmp_path):
     assert same_kept.tolist() == kept.tolist() and other_digest != digest
 
 
+def test_the_digest_of_a_store_changes_with_size_window_and_code(copied):
+    made = (copied / "store.json").read_text()
+    digests = {store.store_digest(copied)}
+    for old, new in (
+        ('size": 32', 'size": 3'),
+        ('window": null', 'window": 1'),
+        ('py": "', 'py": "1'),
+    ):
+        (copied / "store.json").write_text(made.replace(old, new, 1))
+        digests.add(store.store_digest(copied))
+    assert len(digests) == 4
+
+
 def test_ten_warnings_are_shown_and_all_are_kept(write_dicom, tmp_path, here, capsys):
     for i in range(12):
         for z in (0, 1, 2, 5):

@@ -112,9 +112,10 @@ def test_any_folder_with_labels_is_a_task(images, capsys):
     deep = np.array(Image.open(images / "scans" / "8.png")).astype(np.uint16) * 100
     Image.fromarray(deep).save(images / "scans" / "8.png")
     labels = images / "labels.csv"
-    labels.write_text(labels.read_text().replace("group", "Group", 1))  # as people write it
+    text = labels.read_text().replace("group", "Group", 1).replace("/3.png,10", "/3.png, 10")
+    labels.write_text(text, "utf-8-sig")  # as people, and spreadsheets, write it
     again = load_task("images", images, 16)
-    assert len(set(again.groups)) == 18
+    assert len(set(again.groups)) == 18 and again.classes == task.classes
     holds(again, 7, images / "scans" / "7.png", "9", "train")  # as dark as it is
     assert np.abs(again.images[8] - task.images[8].astype(int)).max() <= 2  # min-max of 16 bits
     labels.write_text(labels.read_text().replace("Group", "patient_id", 1))
@@ -150,6 +151,13 @@ def test_a_folder_is_a_class_where_there_is_no_list(images, capsys):
     assert tasks.with_positive(task, "non-COVID") is task and covid.digest != task.digest
     with pytest.raises(SystemExit, match="--positive 1: is not one of two classes: COVID, non-"):
         tasks.with_positive(task, "1")
+    alone = images / "COVID" / "patient 0" / "0.png"
+    alone.rename(images / "COVID" / "0.png")  # a group of its own; the patients stay groups
+    assert len(set(load_task("images", images, 16).groups)) == 13
+    for old, new in (("COVID", "Train"), ("non-COVID", "TEST")):
+        (images / old).rename(images / new)
+    with pytest.raises(SystemExit, match="needs labels.csv"):  # parts of a split are no classes
+        load_task("images", images, 16)
 
 
 def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_trained(images, stopped):
@@ -164,10 +172,13 @@ def test_the_source_of_a_covid_ct_image_and_runs_of_numbers(covid):
         "2019-novel-dist_2020_Int-Jour-p3-89%0.png": "2019-novel-dist_2020_Int-Jour",
         "PIIS0140673620301549_0%1.png": "PIIS0140673620301549.png",
         "39%8.jpg": "39.jpg",
+        "Lung-p38-MAPK-p3-89%0.png": "Lung-p38-MAPK",  # the last -p is the page
     }
     assert {name: tasks.covid_ct_source(name) for name in sources} == sources
     names = ["7.png", "8.png", "9.png", "11.png", "8.jpg", "8%1.jpg"]
-    (covid / "Data-split" / "NonCOVID" / "trainCT_NonCOVID.txt").write_text("\n".join(names))
+    (covid / "Data-split" / "NonCOVID" / "trainCT_NonCOVID.txt").write_text(
+        "\n".join(names), "utf-8-sig"
+    )
     groups = {image.file.name: image.group for image in tasks.list_covid_ct(covid)}
     of = [groups[name] for name in names]
     assert of[0] == of[1] == of[2] and of[4] == of[5] and len(set(of)) == 3
@@ -195,6 +206,9 @@ def test_a_group_of_two_classes_stays_on_one_side():
         reference = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
         for fold, (_, test) in zip(folds, reference.split(labels, labels, groups), strict=True):
             assert np.array_equal(fold, test)
+    smallest = sorted(tasks.checked_folds(task, 5, 1)[0], key=len)  # of seed 0, just compared
+    for part, fold in zip(("test", "val"), smallest, strict=False):
+        assert np.array_equal(split_of(task)[part], fold)
 
 
 def test_too_few_of_a_class_are_refused_before_anything_is_trained():
@@ -216,11 +230,11 @@ def test_too_few_of_a_class_are_refused_before_anything_is_trained():
 
 
 def test_a_draw_of_labels_is_a_share_of_each_class():
-    labels = np.repeat([0, 1, 2], [200, 40, 3])
-    task, train = blank_task(labels, labels), np.arange(1, 243)
+    labels = np.repeat([0, 1, 2], [200, 47, 3])
+    task, train = blank_task(labels, labels), np.arange(8, 250)  # 19.2, 4.7 and 0.3 of the classes
     draws = [tasks.draw_labels(task, train, 0.1, draw).tolist() for draw in (0, 1, 2, 3, 3)]
     for drawn in draws:
-        assert np.bincount(labels[drawn]).tolist() == [20, 4, 1] and set(drawn) <= set(train)
+        assert np.bincount(labels[drawn]).tolist() == [19, 5, 1] and set(drawn) <= set(train)
         assert len(set(drawn)) == 25
     assert len(set(map(tuple, draws))) == 4 and draws[3] == draws[4]  # for every encoder
 
