@@ -119,8 +119,8 @@ def test_augmentation_depends_on_seed_step_and_rank_and_differs_between_views():
     views = [view for draw in draws for view in draw.chunk(2, dim=1)]
     for first, second in combinations(views, 2):
         assert not torch.isclose(first, second).all(dim=1).any()
-    own = {batches.DRAW_MEMBERS, batches.ORDER, batches.AUGMENT, batches.DROP_NEGATIVES}
-    assert len(own) == 4  # streams of random numbers
+    own = [batches.DRAW_MEMBERS, batches.ORDER, batches.AUGMENT, batches.DROP_NEGATIVES]
+    assert len({*own, batches.HOLD_OUT}) == 5  # streams of random numbers
 
 
 def slow_near_duplicates(chosen, indices, bits):
@@ -141,6 +141,8 @@ def test_mask_and_dose(neighbours, bits):
     plain, indices = first_batch(chosen, flags(**args))
     near, excluded = (slow_near_duplicates(chosen, indices, b) for b in (6, bits))
     assert plain.excluded is None and plain.dose == near.sum() / 25 > 0
+    of_five = [next(stream(chosen, flags(**args), rank=rank, world=5)) for rank in range(5)]
+    assert {share.dose for share in of_five} == {plain.dose}  # of the whole batch, in each
     masked, _ = first_batch(chosen, flags(**args, mask_negatives=bits))
     assert np.array_equal(masked.excluded.numpy(), excluded)
     assert masked.dose == (near & ~excluded).sum() / 25

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_c_is_the_best_on_validation_images_and_no_others():
     assert (train, val) == (90, 30) and np.array_equal(images, split["test"])
     assert np.abs(p - tested[best]).max() < 1e-3
     assert all(np.abs(p - other).max() > 0.01 for c, other in enumerate(tested) if c != best)
+
+
+def test_a_fit_on_many_images_stops_early_but_where_it_converges():
+    """Else scikit-learn warns. A tolerance of 0.01 is 0.2 away from the fit to 0.0001."""
+    task = made_task(sizes=(5000, 30, 60), size=1)
+    split, found = split_of(task), made_features(task).cumsum(axis=1)  # correlated: slow to fit
+    with warnings.catch_warnings(action="error"):
+        images, p = evaluate.probe_split(found, task)[2:]
+    train = split["train"]
+    fits = [probabilities_of(found, task, train, train, images, c) for c in evaluate.C_GRID]
+    assert min(np.abs(p - fit).max() for fit in fits) < 0.1
 
 
 def test_few_labels_train_with_a_fixed_c_on_features_scaled_over_all_training_images():
@@ -315,6 +327,10 @@ def test_cross_validation_is_one_line(images, tmp_path, here, used):
     parts = np.load(scores_file(tmp_path / "r.csv", line))["probabilities"]
     assert len(parts) == 12
     assert line["auc_sd"] == evaluate.measure(task.labels, parts, 4)["auc_sd"]
+    command = ["evaluate.py", "images", images, *flags(tmp_path / "a.csv", "scratch")]
+    here(*command, "--seeds", 1, "--folds", 4, "--repeats", 3, "--positive", "a")
+    [line] = read_results(tmp_path / "a.csv")
+    assert np.array_equal(np.load(scores_file(tmp_path / "a.csv", line))["labels"], 1 - task.labels)
 
 
 def test_seeds_and_encoders(tasks, encoders, tmp_path, stopped, here, used):
@@ -388,7 +404,8 @@ def test_a_line_is_never_replaced_nor_compared_with_one_of_other_settings(
     other = [*command[:3], *flags(results, encoders[2]), "--size", 40]
     assert "ALL-linear-0 is of another encoder" in stopped(*other, "--name", "ALL")
     assert len(read_results(results)) == 1
-    assert "AUC" in here(*other) and "AUC" in here(*other, "--label-share", 0.5)
+    assert "AUC" in here(*other) and "AUC" in here(*other, "--label-share", 0.125)
+    assert cells(results, "label_share")[-1] == ("0.125",)
 
 
 def test_what_is_not_finite_gets_one_line(tasks, tmp_path, stopped):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from functools import partial
 from hashlib import sha256
 
@@ -56,6 +57,9 @@ def test_encoder_is_the_trained_resnet_alone(store, here, tmp_path):
     header, *epochs = log(tmp_path)
     per_epoch = -(-header["settings"]["slices"] // 8)
     assert [line["step"] for line in epochs] == [per_epoch, 2 * per_epoch]
+    for line in epochs:  # images are views, two a slice
+        views = line["images_per_second"] * line["seconds"]
+        assert views == pytest.approx(2 * header["settings"]["slices"], rel=0.01)
     assert trained["bn1.num_batches_tracked"] == header["settings"]["steps"] == 2 * per_epoch
 
 
@@ -169,6 +173,21 @@ def test_a_line_of_the_log_is_the_mean_of_its_steps():
     assert (line["epoch"], line["step"], line["lr"], line["dose"]) == (2, 8, 0.1, 3)
     assert [line[name] for name in pretrain.METRICS] == [1.5, 0.3, 0.2, 0.6]
     assert (line["images_per_second"], line["seconds"], line["waiting"]) == (16, 2, 0.5)
+
+
+def test_the_log_tells_the_time_spent_waiting_for_data(
+    store, here, monkeypatch, tmp_path, small_network
+):
+    stream = pretrain.batches.stream
+
+    def slow_stream(*arguments):
+        for batch in stream(*arguments):
+            time.sleep(0.1)
+            yield batch
+
+    monkeypatch.setattr(pretrain.batches, "stream", slow_stream)
+    here("pretrain.py", store / "hash-6.csv", tmp_path, "--steps", 3, *TINY)
+    assert sum(line["seconds"] * line["waiting"] for line in log(tmp_path)[1:]) > 0.29
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(store, stopped, tmp_path):

@@ -10,7 +10,18 @@ from sklearn.metrics import roc_auc_score
 
 from common import auc
 from common.auc import bootstrap, holm, sample_weights
-from common.tables import COLUMNS, add_line, made_by, p_text, read_results, read_tables, tables
+from common.tables import (
+    COLUMNS,
+    add_line,
+    identity,
+    made_by,
+    p_text,
+    read_draws,
+    read_results,
+    read_tables,
+    tables,
+    title,
+)
 
 ROWS = {  # name: slices, steps, dose, how well its scores tell the classes
     "scratch": ("", "", "", 0.3),
@@ -138,9 +149,10 @@ def test_every_number_of_a_table_is_that_of_a_plain_loop(made, plain):
 def test_another_baseline_and_none(made, plain):
     found = cells_of(tables(made[0], "Random"), "covid-ct, linear")
     assert found["ALL"]["difference to Random"] == shown(plain("ALL", "Random"))
-    title = "images, linear, 1 % of the training labels, 5 folds x 10 repeats"
-    found = cells_of(tables(made[0]), title)
+    heading = "images, linear, 1 % of the training labels, 5 folds x 10 repeats"
+    found = cells_of(tables(made[0]), heading)
     assert list(found) == ["scratch", "Hash-6"] and "Holm" not in found["Hash-6"]
+    assert title(("organ", "linear", "0.001", "")).endswith(", 0.1 % of the training labels")
     assert tables(made[0]).count(": the paper's numbers") == 1, "of its own tasks alone"
 
 
@@ -175,6 +187,8 @@ def test_the_last_line_of_a_key_counts_also_for_its_bootstrap(tmp_path):
     assert len(read_results(results)) == 6 and len(results.read_text().splitlines()) == 1 + 7
     table = covid_ct(results)
     assert 0.0 in table.aucs["ALL"] and list(table.aucs) == ["ALL", "Hash-6"]
+    add(results, line := line_of(auc=0.0), LABELS.astype(float))  # as after an edit of the code
+    assert (read_draws(results)[identity(line)]["draws"] == 1).all()
     make(results, "covid-ct", ["ALL"])
     assert tables(results) == before
     for cells in ({}, {"folds": "5x2"}, {"label_share": "0.1"}, {"protocol": "finetune"}):
