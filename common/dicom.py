@@ -38,6 +38,7 @@ class Unusable(ValueError):
 
 
 def refuse_if(wrong, why):
+    """Raise Unusable(why) where something is wrong."""
     if wrong:
         raise Unusable(why)
 
@@ -45,7 +46,7 @@ def refuse_if(wrong, why):
 class Header(NamedTuple):
     """What ordering a DICOM slice and bringing it to HU needs, apart from its pixels."""
 
-    file: str
+    file: str  # relative to the data folder
     series: str
     patient: str  # hash of what PATIENT holds, so that no name gets out
     acquisition: tuple[bytes]  # what ACQUISITION holds, empty where missing
